@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STILL', 'REACH', 'RATE', 'SWEEP', 'LANE', 'PARK', 'SIDE', 'START', 'WIDTH', 'SIZES', 'SPREAD', 'RANGES', 'CATEGORY',
            'UNUSED', 'ATTRIBUTES', 'VISIBILITY', 'TABLES', 'LOCATIONS', 'MINI', 'RIG_LAG', 'way', 'speed', 'overlap',
-           'span', 'Street', 'scan_at', 'ego_pose', 'pose', 'count_points', 'Shot', 'token', 'quaternion',
-           'scene_names', 'map_expansion', 'write_prior', 'stamp', 'log_name', 'file_name', 'scene_tables', 'Drive',
-           'annotate', 'image_size', 'synth', 'synthetic_frame']
+           'Street', 'scan_at', 'ego_pose', 'pose', 'count_points', 'Shot', 'token', 'quaternion', 'scene_names',
+           'map_expansion', 'write_prior', 'stamp', 'log_name', 'file_name', 'scene_tables', 'Drive', 'annotate',
+           'image_size', 'synth', 'synthetic_frame']
 
 # %% ../../nbs/data/04_synthetic.ipynb #1dc15710
 import functools,hashlib,json,math,multiprocessing,os,shutil,struct,tempfile,zlib
@@ -57,7 +57,7 @@ SIZES = dict(car=(4.63,1.97,1.74), truck=(6.93,2.51,2.84), construction_vehicle=
     barrier=(.5,2.53,.98), motorcycle=(2.11,.77,1.47), bicycle=(1.7,.6,1.28), pedestrian=(.73,.67,1.77), traffic_cone=(.41,.41,1.07))   # l, w, h: about the means of nuScenes
 SPREAD = dict(truck=.12, trailer=.08, construction_vehicle=.06, traffic_cone=.12)
 
-def span(a, b): return (a,b) if a<b else (b,a)
+def _span(a, b): return (a,b) if a<b else (b,a)
 
 @functools.lru_cache(maxsize=1)
 def _bare():
@@ -108,21 +108,21 @@ def plan(self:Street):
     blocks = list(zip([0]+xs,xs+[X]))
     self.lots = [(x,x+27.,s) for a,b in blocks for s in (-1,1) if b-a>60 and rng.random()<.55
                  for x in [round(rng.uniform(a+C+8,b-C-35),1)]]
-    A['drivable_area'] = [(0,X,-H,H)]+[(x-C,x+C,*span(s*H,s*WIDTH/2)) for x in xs for s in (-1,1)]+[
-        (x0+10.5,x0+16.5,*span(s*H,s*(H+W))) for x0,_,s in self.lots]
-    A['carpark_area'] = [(x0,x1,*span(s*(H+W),s*(H+W+17))) for x0,x1,s in self.lots]
+    A['drivable_area'] = [(0,X,-H,H)]+[(x-C,x+C,*_span(s*H,s*WIDTH/2)) for x in xs for s in (-1,1)]+[
+        (x0+10.5,x0+16.5,*_span(s*H,s*(H+W))) for x0,_,s in self.lots]
+    A['carpark_area'] = [(x0,x1,*_span(s*(H+W),s*(H+W+17))) for x0,x1,s in self.lots]
     for s in (-1,1):
         gaps = sorted([(x-C,x+C) for x in xs]+[(x0+10.5,x0+16.5) for x0,_,t in self.lots if t==s])
         ends = [0]+[g for gap in gaps for g in gap]+[X]
-        A['walkway'] += [(a,b,*span(s*H,s*(H+W))) for a,b in zip(ends[::2],ends[1::2]) if b>a]
-        A['walkway'] += [(*span(x+t*C,x+t*(C+SIDE)),*span(s*(H+W),s*WIDTH/2)) for x in xs for t in (-1,1)]
-    self.zebras = [(*span(x+t*(C+.6),x+t*(C+3.8)),-H,H,'y') for x in xs for t in (-1,1)]+[
-        (x-C,x+C,*span(s*(H+.4),s*(H+.4+min(3.,W-.6))),'x') for x in xs for s in (-1,1)]
+        A['walkway'] += [(a,b,*_span(s*H,s*(H+W))) for a,b in zip(ends[::2],ends[1::2]) if b>a]
+        A['walkway'] += [(*_span(x+t*C,x+t*(C+SIDE)),*_span(s*(H+W),s*WIDTH/2)) for x in xs for t in (-1,1)]
+    self.zebras = [(*_span(x+t*(C+.6),x+t*(C+3.8)),-H,H,'y') for x in xs for t in (-1,1)]+[
+        (x-C,x+C,*_span(s*(H+.4),s*(H+.4+min(3.,W-.6))),'x') for x in xs for s in (-1,1)]
     middles = [round((a+b)/2,1) for a,b in zip(xs,xs[1:]) if b-a>65 and abs((a+b)/2-START+14)>40 and rng.random()<.6]
     self.zebras += [(m,m+3.2,-H,H,'y') for m in middles]
     A['ped_crossing'] = [z[:4] for z in self.zebras]
-    A['stop_line'] = [(*span(x+t*(C+4.8),x+t*(C+5.6)),*((-self.lanes*LANE,-.1) if t<0 else (.1,self.lanes*LANE))) for x in xs for t in (-1,1)]+[
-        (*((x-C+.3,x-.1) if s>0 else (x+.1,x+C-.3)),*span(s*(H+W+.8),s*(H+W+1.6))) for x in xs for s in (-1,1)]
+    A['stop_line'] = [(*_span(x+t*(C+4.8),x+t*(C+5.6)),*((-self.lanes*LANE,-.1) if t<0 else (.1,self.lanes*LANE))) for x in xs for t in (-1,1)]+[
+        (*((x-C+.3,x-.1) if s>0 else (x+.1,x+C-.3)),*_span(s*(H+W+.8),s*(H+W+1.6))) for x in xs for s in (-1,1)]
     ends = [0]+[e for x in xs for e in (x-C-5.7,x+C+5.7)]+[X]
     self.free = [(a,b) for a,b in zip(ends[::2],ends[1::2]) if b-a>1]
     L['road_divider'] = [((a,0),(b,0)) for a,b in self.free]+[((x,s*(H+W+1.7)),(x,s*WIDTH/2)) for x in xs for s in (-1,1)]
@@ -134,16 +134,16 @@ def plan(self:Street):
 def marks(self:Street):
     "What is painted on the ground, later over earlier: (kind, x0, x1, y0, y1)."
     A,E,H,W = self.areas,self.lanes*LANE,self.half,self.walk
-    P = [('asphalt',*r) for r in A['drivable_area']]+[('bay',a,b,*span(s*E,s*H)) for a,b in self.free for s in (-1,1)]
+    P = [('asphalt',*r) for r in A['drivable_area']]+[('bay',a,b,*_span(s*E,s*H)) for a,b in self.free for s in (-1,1)]
     P += [('walkway',*r) for r in A['walkway']]+[('carpark',*r) for r in A['carpark_area']]
-    P += [('white',x0+k*2.7-.05,x0+k*2.7+.05,*span(s*(H+W+12),s*(H+W+17))) for x0,_,s in self.lots for k in range(11)]
+    P += [('white',x0+k*2.7-.05,x0+k*2.7+.05,*_span(s*(H+W+12),s*(H+W+17))) for x0,_,s in self.lots for k in range(11)]
     for x0,x1,y0,y1,way in self.zebras:
         a,b = (y0,y1) if way=='y' else (x0,x1)
         n = int(b-a)
         for q in (a+(b-a-n)/2+.25+np.arange(n)).tolist(): P.append(('white',x0,x1,q,q+.5) if way=='y' else ('white',q,q+.5,y0,y1))
     P += [('white',*r) for r in A['stop_line']]
     for (xa,ya),(xb,yb) in self.lines['road_divider']:
-        P += [('yellow',xa,xb,-.2,-.05),('yellow',xa,xb,.05,.2)] if ya==yb else [('yellow',xa-.1,xa+.1,*span(ya,yb))]
+        P += [('yellow',xa,xb,-.2,-.05),('yellow',xa,xb,.05,.2)] if ya==yb else [('yellow',xa-.1,xa+.1,*_span(ya,yb))]
     for (xa,y),(xb,_) in self.lines['lane_divider']: P += [('white',x,min(x+3,xb),y-.1,y+.1) for x in np.arange(xa,xb,7.5).tolist()]
     return P+[('white',a,b,s*E-.05,s*E+.05) for a,b in self.free for s in (-1,1)]
 
@@ -502,9 +502,15 @@ def write_prior(
 @functools.lru_cache(maxsize=1)
 def _street(seed, scene, frames, density): return Street(np.random.default_rng([seed,scene]),RATE*(frames+1),density)
 
-def stamp(scene, t): return 1532402927_000000+scene*1000_000000+int(round(t*1e6))
-def log_name(scene): return f'synth-{scene:04d}'
-def file_name(scene, channel, t, key): return f"{'samples' if key else 'sweeps'}/{channel}/{log_name(scene)}__{channel}__{stamp(scene,t)}"+('.pcd.bin' if channel=='LIDAR_TOP' else '.jpg')
+def stamp(scene, t):
+    "Microseconds, as nuScenes counts them."
+    return 1532402927_000000+scene*1000_000000+int(round(t*1e6))
+def log_name(scene):
+    "Name of the log of a scene."
+    return f'synth-{scene:04d}'
+def file_name(scene, channel, t, key):
+    "Where a recording lies in the dataset."
+    return f"{'samples' if key else 'sweeps'}/{channel}/{log_name(scene)}__{channel}__{stamp(scene,t)}"+('.pcd.bin' if channel=='LIDAR_TOP' else '.jpg')
 
 def _run(
     job,   # (root, seed, scene, first frame, end, frames of the scene, image size, sweeps, steps, density)
@@ -583,7 +589,7 @@ def annotate(T, tok, seed, facts, shots, G, pixels=10):
             x,y,z,w,l,h,yaw = s['boxes'][i].tolist()
             share = s['visible'][i]/max(s['alone'][i],1)
             T['sample_annotation'].append(dict(token=tok('annotation',i,k),sample_token=tok('sample',k),instance_token=tok('instance',i),visibility_token=str(1+int(np.searchsorted((.4,.6,.8),share))),
-                attribute_tokens=[token(seed,'attribute',facts['attr'][i])] if facts['attr'][i] else [],translation=transform([[x,y,z]],G)[0].tolist(),size=[w,l,h],rotation=quaternion(rotation(yaw+turn)),
+                attribute_tokens=[token(seed,'attribute',facts['attr'][i])] if facts['attr'][i] else [],translation=transform([[x,y,z]],G)[0].tolist(),size=[w,l,h],rotation=[math.cos((yaw+turn)/2),0.,0.,math.sin((yaw+turn)/2)],
                 prev=tok('annotation',i,k-1) if k>ks[0] else '',next=tok('annotation',i,k+1) if k<ks[-1] else '',num_lidar_pts=int(s['num_pts'][i]),num_radar_pts=0))
 
 # %% ../../nbs/data/04_synthetic.ipynb #1abb7815
@@ -597,7 +603,7 @@ def image_size(
     return h,w
 
 def _jobs(root, seed, scenes, frames, size, sweeps, steps, density):
-    return [(root,seed,s,k,min(k+8,frames),frames,size,sweeps,steps,density) for s in range(scenes) for k in range(0,frames,8)]
+    return [(root,seed,s,k,min(k+4,frames),frames,size,sweeps,steps,density) for s in range(scenes) for k in range(0,frames,4)]
 
 def _results(jobs, workers):
     "What the jobs return, as they come: each worker takes a stretch of neighbouring jobs, so it builds few streets."
@@ -682,6 +688,7 @@ def _tables(root, version, seed, names, facts, shots, size, sweeps):
     T['sensor'] = [dict(token=token(seed,'sensor',c),channel=c,modality='camera' if c in CAMERAS else 'lidar') for c in (*CAMERAS,'LIDAR_TOP')]
     cell = math.ceil(max(math.hypot(f['length'],WIDTH) for f in facts.values()))+4
     (root/'maps'/'expansion').mkdir(parents=True)
+    where = {}
     for m,location in enumerate(LOCATIONS):
         mine = list(range(m,len(names),len(LOCATIONS)))
         cols = max(1,math.ceil(math.sqrt(len(mine))))
@@ -690,11 +697,12 @@ def _tables(root, version, seed, names, facts, shots, size, sweeps):
             a = np.random.default_rng([seed,s,1]).uniform(-math.pi,math.pi)
             G = pose(rotation(a),((k%cols+.5)*cell,(k//cols+.5)*cell,0))@pose(np.eye(3),(-facts[s]['length']/2,0,0))
             streets.append((s,facts[s]['areas'],facts[s]['lines'],G))
-            scene_tables(T,seed,s,names[s],location,facts[s],shots[s],G,size,sweeps)
+            where[s] = location,G
         t = token(seed,'map',location)
         T['map'].append(dict(token=t,category='semantic_prior',filename=f'maps/{t}.png',log_tokens=[token(seed,s,'log') for s in mine]))
         write_prior(root/'maps'/f'{t}.png',streets,edge if mine else (10,10))
         (root/'maps'/'expansion'/f'{location}.json').write_text(json.dumps(map_expansion(location,streets,edge,seed)))
+    for s,name in enumerate(names): scene_tables(T,seed,s,name,where[s][0],facts[s],shots[s],where[s][1],size,sweeps)
     (root/version).mkdir()
     for t,rows in T.items(): (root/version/f'{t}.json').write_text(json.dumps(rows))
     return dict(sweeps=sum(not d['is_key_frame'] for d in T['sample_data']),annotations=len(T['sample_annotation']),instances=len(T['instance']))

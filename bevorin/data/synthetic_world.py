@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BOX', 'WHEEL', 'PILLAR', 'BALL', 'TEXTURES', 'MARGIN', 'GLASS', 'DARK', 'TYRE', 'STEEL', 'SHAPES', 'SCENERY', 'HAZE',
            'SIGHT', 'CELL', 'KINDS', 'RIG', 'OPTICAL', 'EDGES', 'NEAR', 'part', 'wheels', 'pick', 'car', 'truck', 'bus',
-           'trailer', 'construction_vehicle', 'cloth', 'rider', 'motorcycle', 'bicycle', 'pedestrian', 'traffic_cone',
-           'barrier', 'building', 'tree', 'lamp', 'make_parts', 'World', 'pack', 'Light', 'Ground', 'rotation',
-           'Camera', 'Lidar', 'box_corners', 'bounds', 'surface', 'frac', 'scatter', 'paint', 'cast', 'View', 'shadows',
-           'draw', 'colour', 'render', 'Noise', 'to_image', 'candidates', 'meet', 'scan']
+           'trailer', 'construction_vehicle', 'motorcycle', 'bicycle', 'pedestrian', 'traffic_cone', 'barrier',
+           'building', 'tree', 'lamp', 'make_parts', 'World', 'pack', 'Light', 'Ground', 'rotation', 'Camera', 'Lidar',
+           'box_corners', 'bounds', 'surface', 'paint', 'cast', 'View', 'shadows', 'draw', 'colour', 'background',
+           'render', 'Noise', 'to_image', 'candidates', 'meet', 'scan']
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #ec0a050b
-import math
+import functools,math
 import numpy as np
 from PIL import Image
 from .geometry import transform
@@ -93,32 +93,34 @@ def construction_vehicle(L, W, H, rng):
             part((.62*L,-.6*W,.02), (L,.25*W,.34*H), (90,86,80), .2, lean=(.1,.3))]
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #d9d4c990
-def cloth(rng): return pick(rng,(160,50,50),(50,80,140),(210,200,180),(60,60,64),(70,120,70),(200,150,50),(120,70,130))
+def _cloth(rng): return pick(rng,(160,50,50),(50,80,140),(210,200,180),(60,60,64),(70,120,70),(200,150,50),(120,70,130))
 
-def rider(x, z, W, H, rng):
+def _rider(x, z, W, H, rng):
     "Who sits on a saddle at `x`, `z` and reaches up to `H`."
-    c = cloth(rng)
+    c = _cloth(rng)
     return [part((x-.13,-.8*W,z), (x+.17,.8*W,H-.27), c, .25, kind=PILLAR), part((x+.1,-.9*W,H-.62), (x+.5,.9*W,H-.5), c, .25),
             part((x-.04,-.13,H-.3), (x+.22,.13,H), (40,40,44), kind=BALL), part((x,-.75*W,z-.45), (x+.2,.75*W,z+.1), (40,44,60), .15)]
 
 def motorcycle(L, W, H, rng, ridden=False):
+    "Two wheels, engine, tank, handlebar, and perhaps a rider."
     c,r,b = pick(rng,(170,30,30),(30,60,140),(30,30,34),(200,120,20)), .31, 1.1 if ridden else H
     return [part((-L,-.08,0), (-L+2*r,.08,2*r), TYRE, .08, kind=WHEEL), part((L-2*r,-.08,0), (L,.08,2*r), TYRE, .08, kind=WHEEL),
             part((-.62*L,-.16,.3), (.45*L,.16,.62*b), (60,60,64), .25), part((-.1*L,-.2,.5*b), (.5*L,.2,.78*b), c, .3, lean=(.1,0)),
             part((-.8*L,-.15,.55*b), (0,.15,.68*b), DARK, .1), part((.42*L,-W,.86*b), (.5*L,W,.9*b), STEEL, .4),
-            part((.45*L,-.12,.62*b), (.62*L,.12,b), c, .3)] + (rider(-.2,.68*b,.75*W,H,rng) if ridden else [])
+            part((.45*L,-.12,.62*b), (.62*L,.12,b), c, .3)] + (_rider(-.2,.68*b,.75*W,H,rng) if ridden else [])
 
 def bicycle(L, W, H, rng, ridden=False):
+    "Two thin wheels and a frame, and perhaps a rider."
     c,r,b = pick(rng,(180,40,40),(40,110,60),(40,70,150),(210,190,60)), min(.34,.42*L), 1.0 if ridden else H
     return [part((-L,-.035,0), (-L+2*r,.035,2*r), TYRE, .1, kind=WHEEL), part((L-2*r,-.035,0), (L,.035,2*r), TYRE, .1, kind=WHEEL),
             part((-.3*L,-.04,.5*b), (.55*L,.04,.62*b), c, .3), part((-.32*L,-.04,.25), (-.2*L,.04,.85*b), c, .3),
             part((-.5*L,-.04,.28), (.05*L,.04,.36), c, .3), part((.48*L,-.05,.4), (.58*L,.05,.95*b), c, .3),
             part((-.42*L,-.1,.82*b), (-.12*L,.1,.92*b), DARK, .1), part((.42*L,-W,.94*b), (.54*L,W,b), DARK, .2)
-           ] + (rider(-.3,.88*b,W,H,rng) if ridden else [])
+           ] + (_rider(-.3,.88*b,W,H,rng) if ridden else [])
 
 def pedestrian(L, W, H, rng):
     "Legs in mid-stride, torso, arms, head."
-    c,t,s,k = cloth(rng), pick(rng,(40,44,70),(50,48,46),(90,80,64)), pick(rng,(224,180,150),(160,110,80),(96,66,50)), .48*H
+    c,t,s,k = _cloth(rng), pick(rng,(40,44,70),(50,48,46),(90,80,64)), pick(rng,(224,180,150),(160,110,80),(96,66,50)), .48*H
     limb = lambda lo,hi,rgb,refl=.25: part(lo, hi, rgb, refl, kind=PILLAR)
     return [limb((-.5*L,-.75*W,k), (.5*L,.75*W,.84*H), c), limb((-.06*L,-.65*W,0), (.65*L,-.05*W,k+.05), t, .15), limb((-.65*L,.05*W,0), (.06*L,.65*W,k+.05), t, .15),
             limb((-.3*L,-W,.47*H), (.3*L,-.66*W,.8*H), c), limb((-.3*L,.66*W,.47*H), (.3*L,W,.8*H), c), part((-.11,-.1,.85*H), (.13,.1,H), s, .3, kind=BALL)]
@@ -139,13 +141,16 @@ def barrier(L, W, H, rng):
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #f7080890
 def building(L, W, H, rng):
+    "A block with rows of windows."
     return [part((-L,-W,0), (L,W,H), pick(rng,(172,140,118),(150,104,84),(190,186,176),(140,146,152),(204,190,160),(118,108,104)), .3, 'windows')]
 
 def tree(L, W, H, rng):
+    "A trunk and a ball of leaves."
     g = pick(rng,(64,104,44),(84,116,48),(52,88,50),(110,120,50))
     return [part((-L,-W,.36*H), (L,W,H), g, .3, 'leaves', BALL), part((-.16,-.16,0), (.16,.16,.5*H), (84,66,50), .25, kind=PILLAR)]
 
 def lamp(L, W, H, rng):
+    "A pole with an arm."
     return [part((-.09,-.09,0), (.09,.09,H), (96,98,100), .3, kind=PILLAR), part((-.08,-.1,H-.15), (1.8,.1,H), (110,112,114), .3)]
 
 SHAPES = {f.__name__:f for f in (car,truck,construction_vehicle,bus,trailer,barrier,motorcycle,bicycle,pedestrian,traffic_cone,building,tree,lamp)}
@@ -371,9 +376,9 @@ def surface(
     face = np.where(ez<low,4+(s[2]>0),np.where(xy,s[0]>0,2+(s[1]>0)))
     return face,np.maximum(low,np.minimum(np.maximum(ex,ey),ez)),s
 
-def frac(x): return x-np.floor(x)
+def _frac(x): return x-np.floor(x)
 
-def scatter(i, j):
+def _scatter(i, j):
     "A number 0..1 for each pair of integers, the same every time."
     h = (i.astype(np.int32)*73856093)^(j.astype(np.int32)*19349663)
     return (h>>4&255)*np.float32(1/255)
@@ -392,15 +397,15 @@ def paint(
     def put(m, c): rgb[:,m] = np.array(c,np.float32)[:,None]
     if name=='windows':
         a,f = np.where(ends,y,x)*np.float32(1/2.6),z*np.float32(1/3.1)
-        fa,ff = frac(a),frac(f)
+        fa,ff = _frac(a),_frac(f)
         m = np.flatnonzero(side&(fa>.22)&(fa<.78)&(ff>.32)&(ff<.84)&(z>.8)&(sz<.97))
-        rgb[:,m] = np.array([[62],[76],[90]],np.float32)*(.55+.8*scatter(np.floor(a[m])+100,np.floor(f[m])+face[m]))
+        rgb[:,m] = np.array([[62],[76],[90]],np.float32)*(.55+.8*_scatter(np.floor(a[m])+100,np.floor(f[m])+face[m]))
         rgb *= np.where(side&((ff>.95)|(z<.5)),np.float32(.8),np.float32(1))
-    elif name=='slats': rgb *= np.where(side&(frac(np.where(ends,y,x)*np.float32(1/.62))<.12),np.float32(.8),np.float32(1))
-    elif name=='stripes': put(ends&(frac((y+z)*np.float32(1/.42))<.5),(206,44,40))
+    elif name=='slats': rgb *= np.where(side&(_frac(np.where(ends,y,x)*np.float32(1/.62))<.12),np.float32(.8),np.float32(1))
+    elif name=='stripes': put(ends&(_frac((y+z)*np.float32(1/.42))<.5),(206,44,40))
     elif name=='leaves':
         i,j,k = (np.floor(v*5) for v in p)
-        rgb *= .62+.62*scatter(i+3*k,j+7*k)
+        rgb *= .62+.62*_scatter(i+3*k,j+7*k)
     elif name=='glass': rgb *= 1+.5*sz
     elif name=='car':
         for f,c in lamps.items(): put((face==f)&(np.abs(sy)>.58)&(sz>.15)&(sz<.75),c)
@@ -408,7 +413,7 @@ def paint(
         put((face==1)&(np.abs(sy)<.5)&(sz>.15)&(sz<.6),(30,30,32))
     elif name=='bus':
         flank = (face==2)|(face==3)
-        put(flank&(sz>.02)&(sz<.62)&(frac(x*np.float32(1/1.45))>.07)|(face==1)&(sz>-.15)&(sz<.7)&(np.abs(sy)<.9)|(face==0)&(sz>.15)&(sz<.65)&(np.abs(sy)<.75),GLASS)
+        put(flank&(sz>.02)&(sz<.62)&(_frac(x*np.float32(1/1.45))>.07)|(face==1)&(sz>-.15)&(sz<.7)&(np.abs(sy)<.9)|(face==0)&(sz>.15)&(sz<.65)&(np.abs(sy)<.75),GLASS)
         put((face==1)&(sz>.76)&(sz<.92)&(np.abs(sy)<.7),(250,190,60))
         for f,c in lamps.items(): put((face==f)&(np.abs(sy)>.72)&(sz<-.55)&(sz>-.75),c)
         rgb *= np.where(flank&(sz<-.5),np.float32(.7),np.float32(1))
@@ -502,7 +507,7 @@ def shadows(
         sun = (c*view.sun[0]+s*view.sun[1],c*view.sun[1]-s*view.sun[0],view.sun[2])
         along = [(xy,float(1/(d if abs(d)>1e-4 else 1e-4))) for xy,d in ((c*gx+s*gy,sun[0]),(c*gy-s*gx,sun[1]))]
         hit = np.zeros(gx.shape,bool)
-        for lo,hi,*_ in world.rows[world.start[i]:world.start[i+1]] if r1-r0>12 else world.hull[i:i+1]:
+        for lo,hi,*_ in world.rows[world.start[i]:world.start[i+1]] if r1-r0>20 else world.hull[i:i+1]:
             a,b = np.float32(lo[2]/sun[2]),np.float32(hi[2]/sun[2])
             for k,(xy,f) in enumerate(along):
                 t1,t2 = (lo[k]-xy)*f,(hi[k]-xy)*f
@@ -513,27 +518,26 @@ def shadows(
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #aa6e16a7
 def draw(
-    view:View,    # what the camera sees
-    i:int,        # which object
-    rect,         # [parts,4], the rectangles of all parts
-    shade,        # [parts*6], light on every face
-    img, depth, ids,   # the buffers [h,w]
+    view:View,   # what the camera sees
+    i:int,       # which object
+    rect,        # [parts,4], the rectangles of all parts
+    depth,       # [h,w], changed in place
+    who,         # [h,w], the part seen, changed in place
+    place,       # [3,h,w], where it is hit in the object's frame, changed in place
 ):
-    "Cast rays at one object, colour what is nearest; returns how many pixels it would fill alone."
-    cam,world,light,f4 = view.cam,view.world,view.light,np.float32
+    "Cast rays at one object; returns how many pixels it would fill alone."
+    cam,world = view.cam,view.world
     r0,r1,c0,c1 = view.box[i].tolist()
     a,b = world.start[i],world.start[i+1]
-    pr = rect[a:b]
-    area = (pr[:,1]-pr[:,0])*(pr[:,3]-pr[:,2])
-    least = 0 if r1-r0>=20 or b-a<3 else .12 if r1-r0>=10 else .25   # small objects: their large parts alone
+    area = (rect[a:b,1]-rect[a:b,0])*(rect[a:b,3]-rect[a:b,2])
+    least = 0 if r1-r0>=20 or b-a<3 else .12 if r1-r0>=10 else .25
     ks = a+np.flatnonzero(area>least*(r1-r0)*(c1-c0))
-    A,o,tex = view.A[i],view.o[i],set(world.tex[ks].tolist())
-    alone,step = 0,max(1,16000//(c1-c0))
+    A,o,alone,step = view.A[i],view.o[i],0,max(1,16000//(c1-c0))
     for y0 in range(r0,r1,step):
         y1 = min(y0+step,r1)
         d = cam.rays(A,slice(y0,y1),slice(c0,c1))
         inv = [1/x for x in d]
-        best,who = np.full(d[0].shape,np.inf,f4),np.full(d[0].shape,-1,np.int32)
+        best,part = np.full(d[0].shape,np.inf,np.float32),np.zeros(d[0].shape,np.int32)
         for k,(q0,q1,e0,e1) in zip(ks.tolist(),rect[ks].tolist()):
             q0,q1 = max(q0,y0),min(q1,y1)
             if q1<=q0: continue
@@ -542,73 +546,63 @@ def draw(
             if hit is None: continue
             t,ok = hit
             ok &= t<best[S]
-            np.copyto(best[S],t,where=ok); np.copyto(who[S],k,where=ok)
-        alone += int(np.count_nonzero(who>=0))
+            np.copyto(best[S],t,where=ok); np.copyto(part[S],k,where=ok)
+        alone += int(np.count_nonzero(best<np.inf))
         B = slice(y0,y1),slice(c0,c1)
-        at = np.flatnonzero(best<depth[B])
-        if not len(at): continue
-        t,k = best.reshape(-1).take(at),who.reshape(-1).take(at)
-        p = [o[j]+t*d[j].reshape(-1).take(at) for j in range(3)]
-        rgb = colour(world,view,i,k if len(ks)>1 else int(ks[0]),t,p,shade,tex)
-        m = np.zeros(best.shape,bool); m.reshape(-1)[at] = True
-        img[B][m],depth[B][m],ids[B][m] = pack(rgb),t,i
+        ok = best<depth[B]
+        np.copyto(depth[B],best,where=ok); np.copyto(who[B],part,where=ok)
+        for p,x,y in zip(place,d,o): np.copyto(p[B],x*best+y,where=ok)
     return alone
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #aca750e7
 def colour(
-    world:World, view:View,   # the shapes and the light
-    i:int,                    # which object
-    k,                        # its part at each point: [n], or one number
-    t,                        # [n], depth
-    p,                        # x, y, z [n] in the object's frame
-    shade,                    # [parts*6], light on every face
-    tex,                      # the textures that occur
+    view:View,   # the shapes and the light
+    k,           # the part that is seen: [n], or one number for all
+    t,           # [n], its depth
+    p,           # x, y, z [n] in its object's frame
+    shade,       # [parts,6], light on every face
 ):
-    "Colours [3,n] of points on an object."
-    light,f4 = view.light,np.float32
-    one = isinstance(k,int)
-    table = world.table[:,k].tolist() if one else world.table.take(k,axis=1)
-    face,edge,s = surface(table,p)
+    "Colours [3,n] of what is seen."
+    world,light,f4,one = view.world,view.light,np.float32,isinstance(k,int)
+    face,edge,s = surface(world.table[:,k].tolist() if one else world.table.take(k,axis=1),p)
     rgb = np.repeat(world.colour[:,k,None],len(t),1) if one else world.colour.take(k,axis=1)
-    for x in tex:
-        if x==0: continue
-        if one: paint(x,rgb,face,p,s)
-        else:
-            m = np.flatnonzero(world.tex.take(k)==x)
-            if len(m):
-                sub = rgb[:,m]
-                paint(x,sub,face[m],[v[m] for v in p],[v[m] for v in s])
-                rgb[:,m] = sub
-    lit = shade.take(k*6+face)*np.where(edge<f4(.012)+t*f4(.0006),f4(.82),f4(1))
-    kind = world.kind[k]
-    m = np.flatnonzero(kind!=BOX) if not one else (np.arange(len(t)) if kind!=BOX else ())
+    tex,kind = world.tex[k],world.kind[k]
+    if one: paint(int(tex),rgb,face,p,s)
+    else:
+        for x in np.flatnonzero(np.bincount(tex)).tolist():
+            if x==0: continue
+            m = np.flatnonzero(tex==x)
+            sub = rgb[:,m]
+            paint(x,sub,face[m],[v[m] for v in p],[v[m] for v in s])
+            rgb[:,m] = sub
+    lit = shade[k].take(face) if one else shade.reshape(-1).take(k*6+face)
+    lit *= np.where(edge<f4(.012)+t*f4(.0006),f4(.82),f4(1))
+    m = np.flatnonzero(np.broadcast_to(kind!=BOX,face.shape))
     if len(m):
         kk = np.full(len(m),k) if one else k[m]
-        n = (np.stack([v[m] for v in p],1)-world.centre[kk])*world.q[kk]
+        n,f,r = (np.stack([v[m] for v in p],1)-world.centre[kk])*world.q[kk],face[m],world.kind[kk]
         n /= np.linalg.norm(n,axis=1,keepdims=True)+1e-6
-        lit[m] = light.ambient+light.direct*np.maximum(n@view.local_sun[i],0)+.06*n[:,2]
-        kk,f = world.kind[kk],face[m]
-        cap = (kk==WHEEL)&((f==2)|(f==3))|(kk==PILLAR)&(f==5)
-        lit[m[cap]] = shade.take((np.full(len(m),k) if one else k[m])[cap]*6+f[cap])
-        rgb[:,m[cap&(kk==WHEEL)&(s[0][m]**2+s[2][m]**2<.36)]] = 142
+        lam = light.ambient+light.direct*np.maximum((n*view.local_sun[world.obj[kk]]).sum(1),0)+.06*n[:,2]
+        cap = (r==WHEEL)&((f==2)|(f==3))|(r==PILLAR)&(f==5)
+        lit[m] = np.where(cap,shade[kk,f],lam)
+        rgb[:,m[cap&(r==WHEEL)&(s[0][m]**2+s[2][m]**2<.36)]] = 142
     fade = np.exp(t*f4(-1/HAZE))
-    rgb *= lit*fade
-    rgb *= light.tint[:,None]
-    rgb += light.haze[:,None]*(1-fade)
+    lit *= fade
+    fade -= 1
+    for c,tint,haze in zip(rgb,light.tint.tolist(),light.haze.tolist()):
+        c *= lit*tint
+        c -= haze*fade
     return np.clip(rgb,12,243,out=rgb)
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #9d6031af
-def render(
-    cam:Camera,      # the camera
-    world:World,     # the objects' parts
-    xy, yaw,         # [n,2] metres, [n]: where the objects are and how they head
-    ego,             # x, y, yaw of the ego in the same frame
+def background(
+    view:View,       # what the camera sees
+    ego,             # x, y, yaw of the ego in the world's frame
     ground:Ground,   # under all
-    light:Light,     # sun, haze and sky
 ):
-    "A picture as colour words [h,w], visible and lone pixels of each object [n], and depth [h,w] and index [h,w] of what is seen."
-    view,h,w = View(cam,world,xy,yaw,ego,light),cam.h,cam.w
-    img = np.empty((h,w),np.uint32)
+    "Sky, ground and shadows as colour words [h,w]."
+    cam,light = view.cam,view.light
+    img = np.empty((cam.h,cam.w),np.uint32)
     col = cam.sky_col+int(round(ego[2]*2048/(2*math.pi)))
     col &= 2047; col += cam.sky_row
     img[:cam.s1] = light.sky.take(col)
@@ -623,32 +617,62 @@ def render(
         np.copyto(img[a:b],v,where=cam.down[a:b])
     low = img[cam.g0:]
     np.copyto(low,low-(low>>2&0x3f3f3f)-(low>>3&0x1f1f1f),where=shadows(view))
-    depth,ids = np.full((h,w),np.inf,np.float32),np.full((h,w),-1,np.int16)
-    alone = np.zeros(world.n,int)
-    box = view.box
+    return img
+
+@functools.lru_cache(maxsize=1)
+def _place(h, w): return np.empty((3,h,w),np.float32)
+
+# %% ../../nbs/data/05_synthetic_world.ipynb #43d27d34
+def render(
+    cam:Camera,      # the camera
+    world:World,     # the objects' parts
+    xy, yaw,         # [n,2] metres, [n]: where the objects are and how they head
+    ego,             # x, y, yaw of the ego in the same frame
+    ground:Ground,   # under all
+    light:Light,     # sun, haze and sky
+):
+    "A picture as colour words [h,w], visible and lone pixels of each object [n], and depth [h,w] and index [h,w] of what is seen."
+    view,h,w = View(cam,world,xy,yaw,ego,light),cam.h,cam.w
+    img,box = background(view,ego,ground),view.box
     rows,cols = box[:,1]-box[:,0],box[:,3]-box[:,2]
     seen = np.flatnonzero((rows>0)&(cols>0)&(rows*cols>16)&((view.dist<SIGHT)|~world.small))   # a rectangle has a pixel of slack on every side
     seen = seen[np.argsort(view.dist[seen],kind='stable')]
     parts = np.flatnonzero(np.isin(world.obj,seen))
     rect = np.zeros((len(world.obj),4),int)
     rect[parts],_ = bounds(view.corners(world.lo[parts],world.hi[parts],world.obj[parts]),cam)
-    n,o = world.normals[parts],world.obj[parts]
-    C,S = np.cos(view.heading[o])[:,None],np.sin(view.heading[o])[:,None]
-    lam = (C*n[...,0]-S*n[...,1])*light.sun[0]+(S*n[...,0]+C*n[...,1])*light.sun[1]+n[...,2]*light.sun[2]
-    shade = np.zeros((len(world.obj),6),np.float32)
-    shade[parts] = light.ambient+light.direct*np.maximum(lam,0)+.06*n[...,2]
+    depth,who,place,alone = np.full((h,w),np.inf,np.float32),np.full((h,w),-1,np.int32),_place(h,w),np.zeros(world.n,int)
     with np.errstate(divide='ignore',invalid='ignore',over='ignore'):
         for i in seen.tolist():
             r0,r1,c0,c1 = box[i].tolist()
             inner = depth[r0+1:r1-1,c0+1:c1-1]
             if inner.size and inner.max()<=view.depth[i]: alone[i] = .7*inner.size
-            else: alone[i] = draw(view,i,rect,shade.reshape(-1),img,depth,ids)
-    return img,np.bincount((ids+1).reshape(-1),minlength=world.n+1)[1:],alone,depth,ids
+            else: alone[i] = draw(view,i,rect,depth,who,place)
+    shade = np.zeros((len(world.obj),6),np.float32)
+    n = world.normals[parts]
+    shade[parts] = light.ambient+light.direct*np.maximum((n@view.local_sun[world.obj[parts],:,None])[...,0],0)+.06*n[...,2]
+    flat = [x.reshape(-1) for x in (who,depth,img)]+[place.reshape(3,-1)]
+    def fill(k, at):
+        for a in range(0,len(at),32768):
+            m = at[a:a+32768]
+            flat[2][m] = pack(colour(view,flat[0].take(m) if k is None else k,flat[1].take(m),list(flat[3].take(m,axis=1)),shade))
+    pixels = np.bincount(flat[0]+1,minlength=len(world.obj)+1)[1:]
+    rest = who.copy()
+    for k in np.flatnonzero(pixels>4000).tolist():       # large parts one by one, the small ones together
+        r0,r1,c0,c1 = rect[k].tolist()
+        v,u = np.nonzero(who[r0:r1,c0:c1]==k)
+        at = (v+r0)*w+(u+c0)
+        rest.reshape(-1)[at] = -1
+        fill(k,at)
+    fill(None,np.flatnonzero(rest>=0))
+    return img,np.bincount(world.obj,pixels,world.n).astype(int),alone,depth,np.append(world.obj,-1).astype(np.int16)[who]
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #07546eb6
 class Noise:
     "Grey noise of up to 8 of 255, for pictures of one size."
-    def __init__(self, h, w, sigma=2.2):
+    def __init__(self,
+        h, w,        # size of the pictures, pixels
+        sigma=2.2,   # standard deviation, of 255
+    ):
         n = np.random.default_rng(0).standard_normal((h+64,w+64),dtype=np.float32)*sigma
         self.tile = np.clip(np.rint(n),-8,8).astype(np.int8)[...,None].repeat(4,2)
     def add(self, img, rng):

@@ -188,7 +188,7 @@ def processes(
     device = torch.device(device or (f'cuda:{local}' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda': torch.cuda.set_device(device)
     mine = world > 1 and not dist.is_initialized()
-    if mine: dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=4))
+    if mine: dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
     try: yield device
     finally:
         if mine: dist.destroy_process_group()
@@ -430,6 +430,7 @@ def run(self:Trainer,
             batches = [next(data) for _ in range(self.settings.accumulate)]
             waited = time.perf_counter()-start
             terms,stop = self.train_step(batches, got[0] if got else 0)
+            if got and self.world == 1: stop = got[0]
             seconds = time.perf_counter()-start
             end = self.step%self.loader.steps == 0
             if first and (self.step%log_every == 0 or end):

@@ -13,8 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 from scipy.spatial.transform import Rotation
 from ..core import InputError,need
-from ..data.geometry import from_mit,to4x4,transform
+from ..data.geometry import from_mit,transform
 from ..data.keyframe import CLASSES,MAP_CLASSES
+from ..data.nuscenes import record_pose,split_scenes
 
 # %% ../../nbs/train/02_metrics.ipynb #7c8cfcc8
 def _numpy(x):
@@ -55,12 +56,7 @@ def lidar_to_global(
     "The pose of the LiDAR at a key frame, [4,4], LiDAR frame -> global frame."
     try: sd = nusc.get('sample_data', nusc.get('sample', token)['data']['LIDAR_TOP'])
     except KeyError as e: raise InputError(f'sample {token} is not in {nusc.version} at {nusc.dataroot}, or has no LIDAR_TOP') from e
-    res = np.eye(4)
-    for r in (nusc.get('calibrated_sensor', sd['calibrated_sensor_token']), nusc.get('ego_pose', sd['ego_pose_token'])):
-        m = to4x4(Rotation.from_quat(np.roll(r['rotation'], -1)).as_matrix())
-        m[:3,3] = r['translation']
-        res = m@res
-    return res
+    return record_pose(nusc.get('ego_pose', sd['ego_pose_token'])) @ record_pose(nusc.get('calibrated_sensor', sd['calibrated_sensor_token']))
 
 # %% ../../nbs/train/02_metrics.ipynb #247d8922
 _moving = {**dict.fromkeys(('car','truck','construction_vehicle','bus','trailer'), 'vehicle.moving'), **dict.fromkeys(('motorcycle','bicycle'), 'cycle.with_rider'), 'pedestrian':'pedestrian.moving'}
@@ -105,27 +101,17 @@ def submission(
 # %% ../../nbs/train/02_metrics.ipynb #f465bf0d
 def split_tokens(
     nusc,      # the devkit's `NuScenes`
-    split,     # name of a split or of a scene, or a list of scenes or sample tokens
+    split,     # as of `split_scenes`, or a sample token, or a list of sample tokens
 ):
     "Sample tokens of a split, in the order of the tables."
-    from nuscenes.utils.splits import create_splits_scenes,get_scenes_of_custom_split
     scene = {s['token']:s['name'] for s in nusc.scene}
     of = {s['token']:scene[s['scene_token']] for s in nusc.sample}
-    if isinstance(split, str) and split not in of and split not in scene.values():
-        version = {'mini_train':'mini', 'mini_val':'mini', 'test':'test'}.get(split, 'trainval')
-        if split in create_splits_scenes():
-            if not nusc.version.endswith(version): raise InputError(f'the split {split} belongs to v1.0-{version}, this is {nusc.version}')
-            wanted = set(create_splits_scenes()[split])
-        else:
-            try: wanted = set(get_scenes_of_custom_split(split, nusc))
-            except ValueError as e: raise InputError(f"{split!r} is no split of the devkit ({', '.join(create_splits_scenes())}), no scene of {nusc.version} ({', '.join(sorted(scene.values())[:5])} …), and not in a splits.json") from e
-        wanted &= set(scene.values())
-    else: wanted = {split} if isinstance(split, str) else set(split)
-    lost = sorted(wanted-set(of)-set(scene.values()))
-    if lost: raise InputError(f'{len(lost)} of {len(wanted)} scenes or samples are not in {nusc.version} at {nusc.dataroot}, the first is {lost[0]}')
-    res = [t for t,s in of.items() if t in wanted or s in wanted]
-    if not res: raise InputError(f'no sample of {nusc.version} at {nusc.dataroot} belongs to {split!r}')
-    return res
+    wanted = {split} if isinstance(split, str) else set(split)
+    lost = sorted(wanted-set(of))
+    if len(lost) == len(wanted) and (isinstance(split, str) or wanted & set(scene.values())): wanted,lost = split_scenes(nusc, split),()
+    if lost: raise InputError(f'{len(lost)} of {len(wanted)} samples are not in {nusc.version} at {nusc.dataroot}, the first is {lost[0]}')
+    if not wanted: raise InputError('no sample was named')
+    return [t for t,s in of.items() if t in wanted or s in wanted]
 
 # %% ../../nbs/train/02_metrics.ipynb #5b5f2366
 def eval_config(
@@ -272,7 +258,7 @@ def plot_curves(self:DetectionScores):
         for d,col in zip((.5,1.,2.,4.), _colors): ax.plot(self.curves[c,d].recall, self.curves[c,d].precision, color=col, label=f'{d:g} m', lw=1.2)
         ax.axhline(.1, color='k', lw=.5, ls=':'); ax.axvline(.1, color='k', lw=.5, ls=':')
         ax.set_title(f"{c} {self['classes'][c]['AP']:.2f}", fontsize=9); ax.set(xlim=(0,1), ylim=(0,1.03)); ax.spines[['top','right']].set_visible(False)
-    fig.supxlabel('recall', fontsize=9); fig.supylabel('precision', fontsize=9); axes[0,0].legend(fontsize=7, frameon=False)
+    fig.supxlabel('recall', fontsize=9); fig.supylabel('precision', fontsize=9); fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
     return fig
 
 # %% ../../nbs/train/02_metrics.ipynb #836560c7
