@@ -37,12 +37,10 @@ $(STAMP): constraints.txt setup.py settings.ini
 demo: $(STAMP)
 	@mkdir -p demo
 	$(BIN)/bevorin analyze $(DEMO)/multitask_det_seg.json --plot demo/complexity.png --json demo/complexity.json
-	$(BIN)/bevorin init-weights $(DEMO)/demo.yaml --out demo/weights.pth
-	$(BIN)/bevorin infer $(DEMO)/demo.yaml --checkpoint demo/weights.pth --frame tests_data/demo_frame/keyframe.json --out demo/frame.png --json demo/frame.json
+	$(BIN)/bevorin infer $(DEMO)/demo.yaml --checkpoint tests_data/demo_model/model.pth --frame tests_data/demo_frame/keyframe.json --out demo/frame.png --json demo/frame.json --score 0.25
 	@echo; echo 'written:'
 	@echo '  demo/complexity.png, .json  parameters, MACs and bytes of the full-size multi-task model, by module'
-	@echo '  demo/weights.pth            a checkpoint of made-up weights for the small demo model'
-	@echo '  demo/frame.png, .json       that model on one frame: its boxes and its map (of made-up weights: expect noise)'
+	@echo '  demo/frame.png, .json       the demo model, trained on synthetic streets, on one frame: its boxes and its map'
 
 test: $(STAMP)
 	@$(BIN)/python .ci/check.py

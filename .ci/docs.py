@@ -145,6 +145,7 @@ def write_readme(page, root, site_url):
     md = re.sub(rf'\[(`[^`]+`)\]\({re.escape(site_url)}[^)]*\)', r'\1', md)
     md = re.sub(r'\]\((?![a-z]+:)([^)\s]+\.ipynb)', r'](nbs/\1', md)
     md = f'<!-- made from nbs/{page.src}: change that, then `make docs` -->\n\n# {page.title}\n\n> {page.description}\n\n{md}'
+    md = md.replace('](images/', '](nbs/images/')
     (root/'README.md').write_text(pandoc(md, '-t', 'gfm-smart', '--wrap=preserve'), encoding='utf-8')
 
 class Figures:
@@ -210,6 +211,7 @@ def write_site(all_pages, root, out, site_url):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shutil.copy(HERE/'site.css', out)
+    shutil.copytree(HERE.parent/'nbs'/'images', out/'images')
     with ThreadPoolExecutor(2) as ex: list(ex.map(lambda p: write_page(p, pages, order, contents, site_url, out), all_pages))
     return ([f'_quarto.yml: the sidebar names {n}, which does not exist' for n in names if n not in pages] +
             [f'_quarto.yml: the sidebar lacks {n}' for n in pages if n not in names])

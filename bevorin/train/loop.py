@@ -185,7 +185,8 @@ def processes(
 ):
     "Joins the processes that `torchrun` started, if it did; yields the device."
     local,world = int(os.environ.get('LOCAL_RANK', 0)),int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device(device or (f'cuda:{local}' if torch.cuda.is_available() else 'cpu'))
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', local)
     if device.type == 'cuda': torch.cuda.set_device(device)
     mine = world > 1 and not dist.is_initialized()
     if mine: dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=1))
