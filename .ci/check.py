@@ -5,7 +5,6 @@
     .ci/check.py --but NAME ...     all but these
 """
 import argparse,ast,filecmp,json,os,re,shutil,signal,subprocess,sys,tempfile,time,venv
-from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 

@@ -3,7 +3,7 @@
 With quarto on the PATH `nbdev_docs` makes the site. Without it pandoc makes the same pages (nbdev's own processing,
 the sidebar of _quarto.yml), so the site can be looked at, and its links checked, on any machine that runs the tests.
 """
-import argparse,ast,base64,os,re,shutil,subprocess,sys,tempfile
+import argparse,ast,base64,os,re,shutil,subprocess,sys
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from html.parser import HTMLParser

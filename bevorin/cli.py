@@ -297,21 +297,21 @@ def train(
     for o in train_ or ():
         k,eq,v = o.partition('=')
         if not eq: raise InputError(f'--train {o!r}: write setting=value')
-        changes[k] = yaml.safe_load(v)
+        try: changes[k] = yaml.safe_load(v)
+        except yaml.YAMLError as e: raise InputError(f'--train {o!r}: the value is not plain YAML') from e
     settings = settings_from(cfg, **changes)
     model = build_model(cfg)
     if checkpoint: print(load_checkpoint(model, checkpoint, allow_partial))
     else: start_rare(model)
     nusc = open_nuscenes(data)
-    loader = TrainLoader(NuScenesDataset(cfg, data, _split(split), train=True, sweeps=sweeps, balance=balance, seed=settings.seed, nusc=nusc), batch, settings.seed, workers)
+    loader = TrainLoader(NuScenesDataset(cfg, data, split, train=True, sweeps=sweeps, balance=balance, seed=settings.seed, nusc=nusc), batch, settings.seed, workers)
     judge = None
     if val:
-        frames = make_loader(cfg, data, _split(val), workers=workers, sweeps=sweeps, nusc=nusc)
+        frames = make_loader(cfg, data, val, workers=workers, sweeps=sweeps, nusc=nusc)
         judge = lambda m: score(TorchPredictor(m), frames, nusc, progress=False).headline
     res = fit(model, loader, cfg, out, settings, resume, judge, ('NDS' if 'object' in model.heads else 'mIoU') if val else None, device=device, progress=sys.stderr.isatty())
     print(f"{res['steps']} steps; weights in {res['model']}, log in {res['log']}"+(f", best {res['best']:.4f} in best.pt" if res['best'] is not None else ''))
 
-def _split(text): return text.split(',') if ',' in text or text.startswith('scene-') else text
 
 # %% ../nbs/90_cli.ipynb #617cdc88
 @command('bevorin eval config.yaml --checkpoint model.pt --data nuscenes --split val --out metrics.json', name='eval')
@@ -345,7 +345,7 @@ def evaluate(
     model = build_model(cfg).eval()
     load_checkpoint(model, checkpoint, allow_partial)
     nusc = open_nuscenes(data)
-    loader = make_loader(cfg, data, _split(split), batch_size=batch, workers=workers, sweeps=sweeps, nusc=nusc)
+    loader = make_loader(cfg, data, split, batch_size=batch, workers=workers, sweeps=sweeps, nusc=nusc)
     predictor = TorchPredictor(model, device, amp)
     about = dict(config=str(config), checkpoint=str(checkpoint), data=str(data), split=split, blind=blind)
     res = score(_Blind(predictor, blind) if blind else predictor, loader, nusc, out=out, about=about, progress=sys.stderr.isatty())

@@ -96,7 +96,7 @@ def splat(
     size,         # `(X, Y, Z)` cells
 ):
     "The BEV map `[B, Z·C, X, Y]`: for each cell the sum of depth times context over all points that fall into it."
-    (b,n,d,fh,fw),c = depth.shape,context.shape[2]
+    (b,n,_,fh,fw),c = depth.shape,context.shape[2]
     x,y,z = size
     per = x*y*z
     keep = cell >= 0

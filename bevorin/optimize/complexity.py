@@ -10,10 +10,9 @@ import torch
 import torch.nn as nn
 from fastcore.basics import patch
 from torch.utils.flop_counter import FlopCounterMode
-from ..core import InputError,write_json
+from ..core import InputError
 from ..model.bevfusion import build_model,load_checkpoint
 from ..model.sparse import SparseConv
-from ..model.transfusion import MultiheadAttention
 from ..model.view import DepthLSSTransform
 
 # %% ../../nbs/optimize/00_complexity.ipynb #ee5086bb
@@ -136,7 +135,7 @@ class Complexity:
         self.leaves = [n for n,m in model.named_modules() if n and not list(m.children())]
         self.children = {n:[f'{n}.{c}' for c,_ in m.named_children()] for n,m in model.named_modules()}
         vt = 'encoders.camera.vtransform'
-        self.parts = [n for n in (f'encoders.camera.backbone', 'encoders.camera.neck', vt, f'{vt}.downsample', 'encoders.lidar.backbone', 'fuser',
+        self.parts = [n for n in ('encoders.camera.backbone', 'encoders.camera.neck', vt, f'{vt}.downsample', 'encoders.lidar.backbone', 'fuser',
                                   'decoder.backbone', 'decoder.neck', *(n for n in self.params if n.startswith('heads.') and n.count('.') == 1)) if n in self.params]
 
     def row(self,

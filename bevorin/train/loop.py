@@ -484,7 +484,7 @@ def plot_log(
     "The training curve: for one run every term, for several their totals; beside it the rate."
     import matplotlib.pyplot as plt
     if not logs: raise InputError('plot_log needs a folder or a log.csv')
-    fig,(left,right) = plt.subplots(1, 2, figsize=(8,3), dpi=80, width_ratios=(2,1))
+    fig,(left,right) = plt.subplots(1, 2, figsize=(9,3), dpi=80, width_ratios=(2,1))
     def mean(v): return np.convolve(v, np.ones(smooth)/smooth, 'valid')
     for path in logs:
         log = read_log(path)
@@ -495,7 +495,7 @@ def plot_log(
         for k in log:
             if one and '/' in k and not k.endswith('iou'): left.plot(step, mean(log[k]), label=k, lw=.8)
         right.plot(log['step'], log['lr'], label=name)
-    left.set(xlabel='step', ylabel='loss', yscale='log'); left.legend(fontsize=7)
+    left.set(xlabel='step', ylabel='loss', yscale='log'); left.legend(fontsize=6, loc='upper left', bbox_to_anchor=(1,1.03), frameon=False)
     right.set(xlabel='step', ylabel='learning rate')
     fig.tight_layout()
     return fig
