@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image,UnidentifiedImageError
 from ..core import InputError,atomic_path,os_error,read_json,write_json
-from .geometry import MEAN,STD,check_intrinsics,check_rigid,in_range,lidar2image,points_in_boxes,prepare_image,rigid_inverse,to4x4
+from .geometry import MEAN,STD,check_intrinsics,check_rigid,in_range,lidar2image,prepare_image,rigid_inverse,to4x4
 
 # %% ../../nbs/data/01_keyframe.ipynb #e19329c0
 CAMERAS = ('CAM_FRONT','CAM_FRONT_RIGHT','CAM_FRONT_LEFT','CAM_BACK','CAM_BACK_LEFT','CAM_BACK_RIGHT')

@@ -422,7 +422,7 @@ class _Keyed:
     "A dataset asked by (epoch, index); what the data lack comes back as the error itself."
     def __init__(self, data, train, seed): self.data,self.train,self.seed = data,train,seed
     def __getitem__(self, key):
-        try: return self.data.sample(key[1], np.random.default_rng([self.seed,*key])) if self.train else self.data.load(key[1])
+        try: return self.data.sample(key[1], np.random.default_rng([self.seed,*key])) if self.train else self.data[key[1]]
         except InputError as e: return e
 
 # %% ../../nbs/data/03_nuscenes.ipynb #c1b01c7b

@@ -14,7 +14,6 @@ __all__ = ['BOX', 'WHEEL', 'PILLAR', 'BALL', 'TEXTURES', 'MARGIN', 'GLASS', 'DAR
 import functools,math
 import numpy as np
 from PIL import Image
-from .geometry import transform
 
 # %% ../../nbs/data/05_synthetic_world.ipynb #c2fcfa1b
 BOX,WHEEL,PILLAR,BALL = range(4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass,replace
 import numpy as np
 from fastcore.basics import patch
 from ..core import InputError
-from .geometry import crop_box,in_range,lidar_aug_matrix,prepare_image,to_mit,transform,wrap_angle
+from .geometry import crop_box,in_range,lidar_aug_matrix,prepare_image,to_mit,transform
 from .keyframe import CLASSES,check_points
 
 # %% ../../nbs/data/03b_transforms.ipynb #8e45e0d7

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from ..core import InputError
 from .blocks import build_norm,register
+from .sparse_gpu import gather_product,has_kernel,weight_gradient
 
 # %% ../../nbs/model/06_sparse.ipynb #f8c99a32
 @dataclass
@@ -96,6 +97,7 @@ _piece = 1<<22    # numbers gathered at once: 16 MB in float32, on a CPU three t
 def _rows(x, width): return max(1, (_piece*32 if x.is_cuda else _piece)//width)
 
 def _gather_gemm(x, table, w):
+    if has_kernel(x) and not torch.compiler.is_exporting(): return gather_product(x, table, w)
     x = torch.cat([x, x.new_zeros(1, x.shape[1])])
     (n,k),(_,cin,cout) = table.shape,w.shape
     w,step = w.reshape(k*cin, cout),_rows(x, k*cin)
@@ -120,7 +122,8 @@ class _SparseConv(torch.autograd.Function):
             inverse = table.new_full((len(x)+1, k), n)
             inverse.scatter_(0, table, torch.arange(n, device=table.device)[:,None].expand(-1,k))
             dx = _gather_gemm(grad, inverse[:-1], w.transpose(1,2))
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and has_kernel(x): dw = weight_gradient(x, table, grad).to(w.dtype)
+        elif ctx.needs_input_grad[2]:
             xz,step = torch.cat([x, x.new_zeros(1, cin)]),_rows(x, k*cin)
             dw = x.new_zeros(k*cin, cout)
             for i in range(0, n, step): dw += xz.index_select(0, table[i:i+step].flatten()).reshape(-1, k*cin).T @ grad[i:i+step]

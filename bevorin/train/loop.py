@@ -17,35 +17,18 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..core import InputError,atomic_path,os_error
+from ..data.nuscenes import _Keyed,_quiet_worker,collate as stack
 from ..model.transfusion import TransFusionHead
 from .losses import detection_counts,model_inputs,total_loss
 from .optim import EMA,TrainSettings,freeze,param_groups,set_rate,settings_from,train_mode
 
 # %% ../../nbs/train/01_loop.ipynb #5c0047d3
-_lists = ('points','gt_boxes','gt_labels')
-
 def collate(
     samples,          # dicts of one sample each
 )->dict:
-    "A batch: `points`, `gt_boxes` and `gt_labels` stay lists, other arrays are stacked, the rest are lists."
-    batch = {}
-    for k in samples[0]:
-        values = [s[k] for s in samples]
-        if isinstance(values[0], (np.ndarray,torch.Tensor)):
-            values = [torch.as_tensor(v) for v in values]
-            values = [v.float() if v.dtype == torch.float64 else v for v in values]
-            if k not in _lists: values = torch.stack(values)
-        batch[k] = values
-    return batch
-
-class _Keyed:
-    "A dataset asked by (epoch, index); what the data lack comes back as the error itself."
-    def __init__(self, dataset, seed): self.dataset,self.seed = dataset,seed
-    def __getitem__(self, key):
-        try:
-            if hasattr(self.dataset, 'sample'): return self.dataset.sample(key[1], np.random.default_rng([self.seed, *key]))
-            return self.dataset[key[1]]
-        except InputError as e: return e
+    "A batch as `data.nuscenes.collate` makes it, all of it in single precision."
+    single = lambda v: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v
+    return {k:[single(o) for o in v] if isinstance(v, list) else single(v) for k,v in stack(samples).items()}
 
 class _Collate:
     def __init__(self, collate): self.collate = collate
@@ -53,9 +36,6 @@ class _Collate:
         for s in samples:
             if isinstance(s, InputError): return s
         return self.collate(samples)
-
-def _quiet_worker(_):
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 class TrainLoader:
     "Batches of a dataset from any step on, the same for any number of processes and workers."
@@ -109,7 +89,7 @@ def batches(self:TrainLoader,
     if self.batch_size%(world*parts):
         raise InputError(f'a batch of {self.batch_size} cannot be shared evenly by {world} processes in {parts} parts: take a multiple of {world*parts}')
     kwargs = dict(prefetch_factor=self.prefetch, worker_init_fn=_quiet_worker) if self.workers else {}
-    for batch in torch.utils.data.DataLoader(_Keyed(self.dataset, self.seed), batch_sampler=_Keys(self, start, stop, rank, world, parts), collate_fn=_Collate(self.collate),
+    for batch in torch.utils.data.DataLoader(_Keyed(self.dataset, hasattr(self.dataset, 'sample'), self.seed), batch_sampler=_Keys(self, start, stop, rank, world, parts), collate_fn=_Collate(self.collate),
                                              num_workers=self.workers, pin_memory=pin, generator=torch.Generator(), **kwargs):
         if isinstance(batch, InputError): raise batch
         yield batch
