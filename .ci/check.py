@@ -26,7 +26,7 @@ ALSO = {'deploy.export': 'model'}
 CORE = {'numpy','fastcore','yaml','PIL','matplotlib','rich','tqdm'}
 # What only an extra (or pytorch-quantization, tensorrt and pycuda, which none can bring) installs.
 OPTIONAL = {'torch','scipy','nuscenes','torch_pruning','modelopt','pytorch_quantization','onnx','onnxscript','onnxslim',
-            'onnx_graphsurgeon','polygraphy','onnxruntime','tensorrt','tensorrt_rtx','pycuda'}
+            'onnx_graphsurgeon','polygraphy','onnxruntime','tensorrt','tensorrt_rtx','tensorrt_rtx_bindings','pycuda','triton','jtop'}
 
 class Fault(Exception): "A check that did not pass; its text says why."
 
