@@ -125,7 +125,7 @@ def compare(
     reference:Detector, candidate:Detector,   # calibrated, of the same model
     frames,                   # pairs of images and points
     min_score:float=0.1,      # of proposals that count
-)->'Comparison':
+):
     "Every graph's outputs, and the whole frame's."
     traces = [{} for _ in frames]
     for t,(images,points) in zip(traces, frames): reference.infer(images, points, trace=t)

@@ -385,7 +385,7 @@ class Cut:
     kept:dict         # width -> for each of its roots, which channels stay
 
 def cut(
-    model:nn.Module,      # in eval mode, all of its parameters trainable
+    model:nn.Module,      # of `trainable`, on the CPU
     keep:dict,            # of `targets`
     importance,           # of `get_importance`
 )->Cut:
@@ -540,7 +540,7 @@ def prune(
     if keep == now: raise InputError(f'nothing is pruned: with round_to {round_to} no width of the model gets smaller at these ratios')
     net = trainable(model)
     if importance == 'taylor': add_gradients(net, batches)
-    c = cut(net, keep, score)
+    c = cut(net.cpu(), keep, score)
     res,small = carve(model, cfg, c, keep)
     return res, small, _report(cfg, small, now, keep, ratio, c, importance, round_to, voxels)
 
