@@ -12,8 +12,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from ..core import InputError,atomic_path,check_writable,need,os_error,read_json,write_json
-from .runtime import Engine,Laps,check_digest,read_spec,sha256
+from ..core import InputError,atomic_path,check_writable,file_digest,need,os_error,read_json,write_json
+from .runtime import Engine,Laps,check_digest,read_spec
 
 # %% ../../nbs/deploy/03_engine.ipynb #68fc53cb
 class Api:
@@ -216,7 +216,7 @@ def record_of(
     path = Path(f'{plan}.json')
     try: r = read_json(path) if path.is_file() else None
     except InputError: return None
-    return r if isinstance(r, dict) and r.get('format') == 1 and Path(plan).is_file() and r.get('sha256') == sha256(plan) else None
+    return r if isinstance(r, dict) and r.get('format') == 1 and Path(plan).is_file() and r.get('sha256') == file_digest(plan) else None
 
 def gpu_name(
     cuda=None,        # pycuda.driver
@@ -244,7 +244,7 @@ def build_engine(
 )->dict:
     "Build an engine, unless the one that stands is the same; the record of its build."
     onnx,plan,a = Path(onnx),Path(plan),api(trt)
-    digest,gpu = sha256(onnx),capability or gpu_name(cuda)
+    digest,gpu = file_digest(onnx),capability or gpu_name(cuda)
     settings = dict(precision=list(precision), dynamic={k:list(v) for k,v in (dynamic or {}).items()}, workspace=workspace, level=level, keep_fp32=list(keep_fp32), capability=capability)
     key,old = engine_key(digest, settings, a.name, gpu),None if force else record_of(plan)
     if old and old.get('key') == key: return {**old, 'cached':True}
