@@ -9,12 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq
 STAMP := $(VENV)/.bevorin-installed
-DEMO := tests_data/configs
 
 .PHONY: help env demo test check docs lab clean
 
 help:
-	@echo 'make demo   analyse the multi-task model and run a frame: pictures and tables in demo/'
+	@echo 'make demo   the whole way with the demo model, from checkpoint to bundle: runs/demo/report/report.html'
 	@echo 'make test   all checks, the notebooks with them'
 	@echo 'make check  all checks but the notebooks'
 	@echo 'make docs   the site in _docs/, and README.md'
@@ -35,12 +34,7 @@ $(STAMP): constraints.txt setup.py settings.ini
 	@touch $@
 
 demo: $(STAMP)
-	@mkdir -p demo
-	$(BIN)/bevorin analyze $(DEMO)/multitask_det_seg.json --plot demo/complexity.png --json demo/complexity.json
-	$(BIN)/bevorin infer $(DEMO)/demo.yaml --checkpoint tests_data/demo_model/model.pth --frame tests_data/demo_frame/keyframe.json --out demo/frame.png --json demo/frame.json --score 0.25
-	@echo; echo 'written:'
-	@echo '  demo/complexity.png, .json  parameters, MACs and bytes of the full-size multi-task model, by module'
-	@echo '  demo/frame.png, .json       the demo model, trained on synthetic streets, on one frame: its boxes and its map'
+	$(BIN)/bevorin run recipes/demo.yaml
 
 test: $(STAMP)
 	@$(BIN)/python .ci/check.py
@@ -55,4 +49,4 @@ lab: $(STAMP)
 	@cd nbs && $(abspath $(BIN))/jupyter lab
 
 clean:
-	rm -rf $(VENV) demo _docs _proc build dist bevorin.egg-info nbs/nbdev.yml
+	rm -rf $(VENV) runs _docs _proc build dist bevorin.egg-info nbs/nbdev.yml

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOK_LIMIT_S = 900
-NO_COPY = {'.git','.venv','.gpu','_docs','_proc','demo','runs','build','dist','bevorin.egg-info'}
+NO_COPY = {'.git','.venv','.gpu','_docs','_proc','runs','build','dist','bevorin.egg-info'}
 
 # The part that runs on the board, as the first names of its modules; all of it imports with numpy alone.
 TORCH_FREE = 'core','config','runs','target','deploy','orin'

@@ -8,8 +8,9 @@ A job is NAME=FOLDER:INPUTS[:PRECISIONS][:REFERENCE]
   PRECISIONS  with commas between, of fp32, fp16, int8 joined by '+'; by default fp16 for an FP32 folder, fp16+int8 for one with Q/DQ
   REFERENCE   a second folder whose ONNX Runtime outputs are the reference too (an INT8 folder against its FP32 one)
 
-Each job runs in a process of its own with the time that is left, so a crash or an endless build loses that job's rest and nothing else.
-Every step is written at once; the parent joins what there is into one JSON.
+All engines are built first, --parallel at a time and each in a process of its own; then, with nothing else on the GPU, each job is run, compared and timed
+in one more process with the time that is left. A crash or an endless build loses that engine or that job's rest and nothing else.
+Every step is written at once; the parent joins what there is into one JSON, and writes a short one beside it, which the repository keeps.
 """
 import os
 os.environ.setdefault('CUDA_MODULE_LOADING', 'LAZY')
@@ -59,7 +60,7 @@ def hardware():
 class Job:
     "One folder of graphs on one machine."
     def __init__(self, a):
-        self.a, self.end, self.res = a, time.time()+a.seconds, dict(name=a.name, folder=Path(a.folder).name, inputs=Path(a.inputs).name, started=now(), steps={}, errors={})
+        self.a, self.end, self.res = a, time.time()+a.seconds, dict(name=a.name, folder=Path(a.folder).name, inputs=Path(a.inputs or '').name, started=now(), steps={}, errors={})
         self.work = Path(a.work)/a.name
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -98,6 +99,15 @@ class Job:
         res['engines'] = {}
         for precision in a.precisions.split(','): self.variant(precision)
 
+    def build(self, precision, k):
+        "The record of an engine; built now, or when it was built before."
+        from bevorin.deploy.engine import build_engine
+        a, g, out = self.a, self.spec['graphs'][k], self.work/precision
+        out.mkdir(exist_ok=True)
+        free = {n for t in g['inputs'] for n in t['shape'] if isinstance(n, str)}
+        return build_engine(Path(a.folder)/g['file'], out/f'{k}.plan', tuple(p for p in precision.split('+') if p != 'fp32'), {n:v for n,v in (self.spec.get('dynamic') or {}).items() if n in free},
+                            timing_cache=Path(a.work)/'timing.cache', level=a.level, inputs={t['name']:t['shape'] for t in g['inputs']}, keep_fp32=g.get('keep_fp32', ()))
+
     def open_ort(self, folder):
         from bevorin.deploy.runtime import Detector
         det = self.aim(Detector(folder, 'onnxruntime', threads=len(os.sched_getaffinity(0))))
@@ -105,19 +115,15 @@ class Job:
         return det
 
     def variant(self, precision):
-        from bevorin.deploy.engine import TensorrtEngine, build_engine
-        a, out, res = self.a, self.work/precision, self.res['engines'].setdefault(precision, dict(build={}, graph_ms={}))
-        out.mkdir(exist_ok=True)
-        flags = tuple(p for p in precision.split('+') if p != 'fp32')
-        engines = {}
+        from bevorin.deploy.engine import TensorrtEngine, record_of
+        out, res, engines = self.work/precision, self.res['engines'].setdefault(precision, dict(build={}, graph_ms={})), {}
         for k,g in sorted(self.spec['graphs'].items(), key=lambda o: o[1]['bytes']):
-            free = {n for t in g['inputs'] for n in t['shape'] if isinstance(n, str)}
-            keep = ('object/*','object','scores','center') if k == 'fusion' else ()
-            build = lambda keep=keep: build_engine(Path(a.folder)/g['file'], out/f'{k}.plan', flags, {n:v for n,v in (self.spec.get('dynamic') or {}).items() if n in free}, timing_cache=Path(a.work)/'timing.cache', level=a.level, inputs={t['name']:t['shape'] for t in g['inputs']}, keep_fp32=keep)
-            record = self.step(f'{precision}.build.{k}', build, 15)
-            if record is None and keep: record = self.step(f'{precision}.build_plain.{k}', lambda: build(()), 15)
-            if record is None: continue
-            res['build'][k] = {i:record.get(i) for i in ('seconds', 'bytes', 'builder', 'gpu', 'precision', 'layers', 'not_inspected', 'network_layers', 'device_bytes', 'warnings', 'cached')}
+            record = self.step(f'{precision}.build.{k}', lambda: self.build(precision, k)) if record_of(out/f'{k}.plan') else None
+            if record is None:
+                why = self.work/precision/f'{k}.error'
+                self.res['errors'].setdefault(f'{precision}.build.{k}', why.read_text() if why.is_file() else 'not built within the time')
+                continue
+            res['build'][k] = {i:record.get(i) for i in ('seconds', 'bytes', 'builder', 'gpu', 'precision', 'layers', 'not_inspected', 'network_layers', 'device_bytes', 'warnings')}
             res['build'][k]['some_layers'] = self.some_layers(out/f'{k}.plan.layers.json')
             engine = self.step(f'{precision}.open.{k}', lambda: TensorrtEngine(out/f'{k}.plan'))
             if engine is None: continue
@@ -182,12 +188,38 @@ class Job:
         laps, start = [], time.time()
         det.infer(*self.shot)
         one = time.time()-start
-        runs = max(5, min(self.a.runs, int(.25*self.left()/one)))
+        runs = max(5, min(self.a.runs, 40, int(.25*self.left()/one)))
         for _ in range(min(self.a.warmup, max(2, runs//10))): det.infer(*self.shot)
         for _ in range(runs):
             det.infer(*self.shot)
             laps.append(dict(det.seconds))
         return {k:stats([1e3*l[k] for l in laps]) for k in laps[0]}
+
+def build_one(a):
+    "Build one engine of a job; why not, beside it."
+    from bevorin.deploy.runtime import read_spec
+    job, precision = Job(a), a.precisions
+    job.spec = read_spec(a.folder)
+    try: job.build(precision, a.only)
+    except Exception as e: (job.work/precision/f'{a.only}.error').write_text(f'{type(e).__name__}: {e}')
+
+def build_all(a, jobs, end):
+    "All engines, some at a time, the largest graphs first."
+    todo, running, start = [], [], time.time()
+    for name,folder,_,precisions,_ in jobs:
+        sizes = {k:g['bytes'] for k,g in json.loads((Path(folder)/'spec.json').read_text())['graphs'].items()}
+        todo += [(sizes[k], name, folder, p, k) for p in precisions.split(',') for k in sizes]
+    todo.sort(key=lambda o: (o[4] == 'lidar', -o[0]))
+    while (todo or running) and time.time() < end:
+        for p,what,t in [r for r in running if r[0].poll() is not None]: print(f'built {what}: {time.time()-t:.0f} s', flush=True)
+        running = [r for r in running if r[0].poll() is None]
+        while todo and len(running) < a.parallel:
+            _, name, folder, p, k = todo.pop(0)
+            cmd = [sys.executable, __file__, '--only', k, '--name', name, '--folder', folder, '--precisions', p, '--seconds', str(end-time.time()), '--work', str(a.work)] + (['--level', str(a.level)] if a.level is not None else [])
+            running.append((subprocess.Popen(cmd), f'{name} {p} {k}', time.time()))
+        time.sleep(.5)
+    for p,what,_ in running: p.kill(); p.wait(); print(f'stopped: {what}', flush=True)
+    return round(time.time()-start, 1)
 
 def child(a):
     job = Job(a)
@@ -195,6 +227,12 @@ def child(a):
     except Exception as e: job.res['errors']['job'] = f'{type(e).__name__}: {e}'; job.res['errors']['job.trace'] = traceback.format_exc().splitlines()[-12:]
     job.res['ended'] = now()
     put(a.part, job.res)
+
+def parsed(text):
+    "Name, folder, inputs, precisions and reference of a job."
+    name, _, rest = text.partition('=')
+    folder, inputs, precisions, reference = (rest.split(':')+['']*3)[:4]
+    return name, folder, inputs, precisions or ('fp16+int8' if json.loads((Path(folder)/'spec.json').read_text()).get('precision') == 'int8' else 'fp16'), reference
 
 def parent(a):
     end, out = time.time()+a.budget, Path(a.out)
@@ -204,12 +242,10 @@ def parent(a):
     res = dict(format=1, what='TensorRT engines on a GPU: built, compared with ONNX Runtime, timed', settings=dict(runs=a.runs, warmup=a.warmup, budget_s=a.budget, level=a.level, min_score=a.min_score), jobs={})
     res['machine'] = json.loads(subprocess.run([sys.executable, __file__, '--hardware'], capture_output=True, text=True).stdout.strip().splitlines()[-1] or '{}')
     put(out, res)
-    for i,text in enumerate(a.jobs):
-        name, _, rest = text.partition('=')
-        folder, inputs, precisions, reference = (rest.split(':')+['']*3)[:4]
-        try: spec_precision = json.loads((Path(folder)/'spec.json').read_text()).get('precision')
-        except Exception: spec_precision = None
-        precisions = precisions or ('fp16+int8' if spec_precision == 'int8' else 'fp16')
+    jobs = [parsed(text) for text in a.jobs]
+    res['building'] = dict(at_a_time=a.parallel, seconds=build_all(a, jobs, time.time()+a.build_budget))
+    put(out, res)
+    for name,folder,inputs,precisions,reference in jobs:
         left = end-time.time()-5
         part = work/f'{name}.json'
         if left < 20: res['jobs'][name] = dict(error=f'skipped: {left:.0f} s left'); put(out, res); continue
@@ -221,7 +257,24 @@ def parent(a):
         job = json.loads(part.read_text()) if part.is_file() else {}
         res['jobs'][name] = dict(job, status=code, seconds=round(time.time()-start, 1))
         put(out, res)
+    put(out.with_name(f'{out.stem}_short.json'), short(res))
     summary(res)
+
+_note = 'graph: inputs already on the GPU, one engine alone, by CUDA events; frame: with the NumPy kernels on the CPU and the copies between'
+
+def short(res):
+    "What is worth keeping."
+    three = lambda v: {k:(round(o, 3) if isinstance(o, float) else o) for k,o in (v or {}).items() if k in ('median_ms', 'p95_ms', 'p99_ms', 'max_ms', 'runs')}
+    def of(job):
+        for precision,v in job['engines'].items():
+            graphs = {k:dict(build_s=round(b['seconds']['build'], 1), bytes=b['bytes'], layers=(b['layers'] or {}).get('types'), **three(v['graph_ms'].get(k))) for k,b in v['build'].items()}
+            noise = {c:{g:{o:r.get('sqnr_db') and round(r['sqnr_db'], 1) for o,r in part['outputs'].items() if 'sqnr_db' in r} for g,part in v[c]['graphs'].items()} for c in ('compare', 'compare_reference') if v.get(c)}
+            yield dict(precision=precision, date=job['started'][:10], built_at_a_time=res['building']['at_a_time'], points=(job.get('rows') or {}).get('points'), graphs=graphs, in_tensorrt=v['in_tensorrt'],
+                       frame_ms={k:three(t) for k,t in (v.get('frame_ms') or {}).items()}, sqnr_db=noise, boxes=v.get('boxes'), errors={k:str(e) for k,e in job['errors'].items() if not k.endswith('.trace')})
+    m, s = res['machine'], res['settings']
+    return dict(what='TensorRT engines on one GPU: built, run by Detector on one frame, compared with ONNX Runtime, timed', kind='measured', date=m['date'][:10], hardware={k:m['gpu'][k] for k in ('name', 'driver_version', 'memory.total', 'clocks.max.sm', 'power.limit')}, cpu=m.get('cpu'), cores=m['cores'],
+                python=m['python'], versions=m['versions'], settings=s, note=_note, jobs={name if len(job['engines']) == 1 else f"{name}_{j['precision']}":j for name,job in res['jobs'].items() if job.get('engines') for j in of(job)},
+                command='python .ci/gpu_engines.py '+' '.join([f'{n}=DIR:INPUTS.npz' for n in res['jobs']]+[f"--{k.replace('_s', '').replace('_', '-')} {v:g}" for k,v in s.items() if isinstance(v, (int, float))]))
 
 def summary(res):
     for name,job in res['jobs'].items():
@@ -241,15 +294,18 @@ def main():
     ap.add_argument('--out', default='engines.json')
     ap.add_argument('--work', default='/tmp/engines', help='where engines and the timing cache are kept')
     ap.add_argument('--budget', type=float, default=540, help='seconds in all')
+    ap.add_argument('--build-budget', type=float, default=400, dest='build_budget', help='of these for building')
+    ap.add_argument('--parallel', type=int, default=6, help='engines built at a time')
     ap.add_argument('--runs', type=int, default=200)
     ap.add_argument('--warmup', type=int, default=20)
     ap.add_argument('--level', type=int, default=2, help='optimisation level of the builder; at 3, its own default, the demo took 98 s (camera) and 168 s (fusion) on an H200')
     ap.add_argument('--min-score', type=float, default=.1, dest='min_score')
     for k in ('hardware', 'child'): ap.add_argument(f'--{k}', action='store_true', help=argparse.SUPPRESS)
-    for k in ('name', 'folder', 'inputs', 'precisions', 'reference', 'part'): ap.add_argument(f'--{k}', help=argparse.SUPPRESS)
+    for k in ('name', 'folder', 'inputs', 'precisions', 'reference', 'part', 'only'): ap.add_argument(f'--{k}', help=argparse.SUPPRESS)
     ap.add_argument('--seconds', type=float, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.hardware: print(json.dumps(hardware(), default=str))
+    elif a.only: build_one(a)
     elif a.child: child(a)
     elif not a.jobs: ap.error('give at least one job')
     else: parent(a)

@@ -121,13 +121,15 @@ def prune(job):
     "Stage `prune`: fewer channels."
     from bevorin.data.nuscenes import Loader
     from bevorin.optimize.prune import prune as cut
+    from bevorin.train.optim import measure_norms
     _prepare(job)
     s = job.settings
     model,cfg = load_model(job, 'analyze/config.json', 'checkpoint')
     before = sum(p.numel() for p in model.parameters() if p.requires_grad)
     points = _first_cloud(job, cfg)
     frames = Loader(dataset(job, cfg, 'train', frames=s['frames']), workers=job.options['workers']) if s['importance'] == 'taylor' else None
-    pruned,cfg,report = cut(model, cfg, s['ratio'], s['importance'], s['round_to'], frames, seed=s['seed'])
+    pruned,cfg,report = cut(model.to(s['device']), cfg, s['ratio'], s['importance'], s['round_to'], frames, seed=s['seed'], target=s['target'])
+    if s['norm_frames']: measure_norms(pruned, Loader(dataset(job, cfg, 'train', frames=s['norm_frames']), workers=job.options['workers']), job.progress)
     save_model(job.folder, pruned.state_dict(), cfg)
     write_json(report, job.folder/'prune.json')
     _,metrics = cost(job, cfg, points)
@@ -484,7 +486,7 @@ def plan(
     built = ('build',) if r.build else ()
     if synthetic: add('data', make_data, r.data.synthetic.to_dict())
     add('analyze', analyze, dict(base, config=_resolved(r), depth=r.analyze.depth), world, files)
-    if r.prune: add('prune', prune, dict(base, **r.prune.to_dict()), ('analyze/config.json', *world), given)
+    if r.prune: add('prune', prune, dict(base, device=r.device, **r.prune.to_dict()), ('analyze/config.json', *world), given)
     if r.finetune: add('finetune', finetune, dict(base, device=r.device, **r.finetune.to_dict()), ('prune/config.json','prune/weights.pth','analyze/config.json', *world), given)
     if r.quantize:
         config,weights = where['pruned'] if r.prune else where['baseline']

@@ -315,9 +315,11 @@ def build_engines(
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise os_error(e, f'make the folder {out}') from e
     for g in spec['graphs'].values(): check_digest(folder/g['file'], g['sha256'], 'spec.json')
+    weak = api(kwargs.get('trt')).weak
+    keep = {k:(*kwargs.get('keep_fp32', ()), *(g.get('keep_fp32', ()) if weak else ())) for k,g in spec['graphs'].items()}
     free = {k:{n for t in g['inputs'] for n in t['shape'] if isinstance(n, str)} for k,g in spec['graphs'].items()}
     dynamic = {k:{n:v for n,v in (spec.get('dynamic') or {}).items() if n in free[k]} for k in free}
-    return {k:build_engine(folder/g['file'], out/f'{k}.plan', dynamic=dynamic[k], inputs={t['name']:t['shape'] for t in g['inputs']}, **kwargs) for k,g in spec['graphs'].items()}
+    return {k:build_engine(folder/g['file'], out/f'{k}.plan', dynamic=dynamic[k], inputs={t['name']:t['shape'] for t in g['inputs']}, **{**kwargs, 'keep_fp32':keep[k]}) for k,g in spec['graphs'].items()}
 
 # %% ../../nbs/deploy/03_engine.ipynb #0f75446c
 def build_rtx(

@@ -8,6 +8,7 @@ __all__ = ['MEAN', 'STD', 'CameraGraph', 'LidarGraph', 'ObjectGraph', 'taps', 'M
 
 # %% ../../nbs/deploy/01_export.ipynb #e011b03a
 import contextlib,copy,hashlib,logging,re,warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 import numpy as np
 import torch
@@ -377,6 +378,8 @@ def check_fit(
         if v.is_floating_point() and not bool(v.isfinite().all()): raise InputError(f'the model has numbers that are not finite, first in {k}')
 
 # %% ../../nbs/deploy/01_export.ipynb #2f665acc
+_keep_fp32 = 'object/*','object','scores','center'    # between the heatmap and the decoder's layers, and after them
+
 def export(
     model:nn.Module,      # of `build_model(cfg)`, pruned or quantised too; not changed
     cfg:dict,             # of `load_config`
@@ -400,6 +403,7 @@ def export(
         files[k] = proto.SerializeToString(deterministic=True)
         if any(i.data_type == i.INT8 and i.dims for i in proto.graph.initializer): spec['precision'] = 'int8'
         spec['graphs'][k] = dict(file=f'{k}.onnx', sha256=hashlib.sha256(files[k]).hexdigest(), bytes=len(files[k]), inputs=[*map(_describe, proto.graph.input)], outputs=[*map(_describe, proto.graph.output)])
+        if keep := [n for n in _keep_fp32 if any(fnmatchcase(o, n) for node in proto.graph.node for o in node.output)]: spec['graphs'][k]['keep_fp32'] = keep
     _write(folder, files, spec)
     return spec
 

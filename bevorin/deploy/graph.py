@@ -355,7 +355,7 @@ def _constant_name(v):
     "By its content where that is short, else by the parameter it came from."
     a,base = constant(v),base_name(v)
     if a.size <= (8 if a.dtype.kind in 'iub' else 1): return f"{a.dtype.name}[{','.join('end' if o == 2**63-1 else f'{o:g}' for o in a.ravel().tolist())}]"
-    return base if a.any() else f'zeros_{a.dtype.name}_{a.size}'
+    return base.replace('_quantizer.scale', '_scale') if a.any() else f'zeros_{a.dtype.name}_{a.size}'
 
 def _module(node):
     "The module that a node belongs to; a quantiser's nodes belong to the layer."
@@ -383,7 +383,7 @@ def rename(graph):
         else: base = op if not path else f'{path}/{op}' if path in used or op != n.op_type else path
         for v in n.outputs:
             if v.name not in kept or not v.is_graph_output(): v.name = free(base)
-        n.name = n.outputs[0].name
+        n.name = '' if n.op_type in _quantisers else n.outputs[0].name
 
 # %% ../../nbs/deploy/00_graph.ipynb #8df6bafe
 def _tidy(model):
@@ -407,8 +407,10 @@ def lower(
     _tidy(model)
     compact_masks(graph)
     compact_indices(graph)
-    if t.ops and 'LayerNormalization' not in t.ops: lower_layer_norm(graph)
-    if t.opset < 18: lower_opset(graph); float_weights(graph)
+    if t.opset < 18:
+        if nodes(graph, *_quantisers) or 'LayerNormalization' not in t.ops: lower_layer_norm(graph)
+        lower_opset(graph)
+        float_weights(graph)
     _tidy(model)
     for v,name in zip(graph.outputs, outs): v.name = name
     rename(graph)

@@ -66,17 +66,12 @@ def fold_norms(
     return res
 
 # %% ../../nbs/optimize/02_quantize.ipynb #efe17643
-def _move(o, device):
-    if isinstance(o, torch.Tensor): return o.to(device)
-    return [_move(v, device) for v in o] if isinstance(o, (list,tuple)) else o
-
 def inputs_of(
     batch:dict,        # of a loader
     model:nn.Module,
 )->dict:
     "What the model reads of a batch, on its device."
-    device = next(model.parameters()).device
-    return {k:_move(v, device) for k,v in model_inputs(batch).items()}
+    return model_inputs(batch, next(model.parameters()).device)
 
 # %% ../../nbs/optimize/02_quantize.ipynb #3d21e1e4
 class FakeQuant(nn.Module):
@@ -118,6 +113,7 @@ class QuantConv2d(_Quantized, nn.Conv2d):
     def op(self, x, w): return self._conv_forward(x, w, self.bias)
 
 class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
+    axis = None
     def op(self, x, w): return F.conv_transpose2d(x, w, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
 class QuantSparseConv(_Quantized, SparseConv):
@@ -150,7 +146,7 @@ def quantized_layers(
 
 # %% ../../nbs/optimize/02_quantize.ipynb #63e94eb8
 KEEP = ('*.patch_embed.projection', '*.backbone.conv_input.*', '*.vtransform.dtransform.*', '*.vtransform.downsample.*',
-        'heads.*.class_encoding', 'heads.*_posembed.*', 'heads.*.heatmap_head.1', 'heads.*.prediction_heads.*.1', 'heads.map.classifier.6')
+        'heads.*.class_encoding', 'heads.*.heatmap_head.1', 'heads.*.decoder.*', 'heads.*.prediction_heads.*', 'heads.map.classifier.6')
 
 SETTINGS = dict(
     method='entropy',     # of the activations' ranges: 'max', 'percentile' or 'entropy'
@@ -263,7 +259,11 @@ def _attach(layer, input_amax, weight_amax):
 def _weight_range(backend, layer):
     w,c = layer.matrix().detach(),backend.calibrator('max', layer.axis)
     c.collect(w)
-    return backend.amax(c, 'max').reshape(w.shape[layer.axis])
+    return backend.amax(c, 'max').reshape(_scales(layer))
+
+def _scales(layer):
+    "Shape of the weight's scales."
+    return () if layer.axis is None else (layer.matrix().shape[layer.axis],)
 
 def _freeze(layer, watch, backend, s):
     "Replace a layer's watch by fixed quantisers; its entry of the recipe."
@@ -341,7 +341,7 @@ def load_quantized(
         layer = modules.get(name)
         if type(layer) not in _quantized: raise InputError(f"{folder/'quantize.json'} quantises {name}, which is no such layer of the model in the config: is it the config of another model?")
         wrap(layer, nn.Identity(), nn.Identity())
-        _attach(layer, torch.tensor(1.), torch.ones(layer.matrix().shape[layer.axis]))
+        _attach(layer, torch.tensor(1.), torch.ones(_scales(layer)))
     load_checkpoint(model, folder/'quantized.pth')
     return model, recipe
 

@@ -33,13 +33,11 @@ class TorchPredictor:
         self.device = torch.device(device or next((p.device for p in model.parameters()), 'cpu'))
         self.model,self.amp = model.to(self.device),amp
 
-    def _to(self, o): return o.to(self.device) if isinstance(o, torch.Tensor) else [self._to(v) for v in o]
-
     @torch.no_grad()
     def predict(self, batch):
         "What the model says about each sample."
         self.model.eval()
-        inputs = {k:self._to(v) for k,v in model_inputs(batch).items()}
+        inputs = model_inputs(batch, self.device)
         with torch.autocast(self.device.type, dtype=_amp.get(self.amp), enabled=bool(self.amp)): res = self.model(**inputs)
         return [{k:(v.float() if v.is_floating_point() else v).cpu().numpy() for k,v in r.items()} for r in res]
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..core import InputError,atomic_path,os_error
 from ..data.nuscenes import _Keyed,_quiet_worker,collate as stack
 from ..model.transfusion import TransFusionHead
-from .losses import detection_counts,model_inputs,total_loss
+from .losses import detection_counts,model_inputs,to_device,total_loss
 from .optim import EMA,TrainSettings,freeze,param_groups,set_rate,settings_from,train_mode
 
 # %% ../../nbs/train/01_loop.ipynb #5c0047d3
@@ -252,10 +252,7 @@ def counts(self:Trainer,
     mine = [detection_counts(head, b['gt_boxes'], b['gt_labels']) for b in batches]
     return [max(n, 1)/(self.world*len(batches)) for n in self._sum(np.sum(mine, 0))]
 
-def _to(o, device):
-    if isinstance(o, torch.Tensor): return o.to(device, non_blocking=True)
-    if isinstance(o, dict): return {k:v if k in ('gt_boxes','gt_labels') else _to(v, device) for k,v in o.items()}
-    return [_to(v, device) for v in o] if isinstance(o, (list,tuple)) else o
+def _to(batch, device): return {k:v if k in ('gt_boxes','gt_labels') else to_device(v, device) for k,v in batch.items()}
 
 # %% ../../nbs/train/01_loop.ipynb #c6477e74
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['stats', 'rectangle_overlap', 'box_iou', 'gaussian_radius', 'pad_boxes', 'heatmap_target', 'encode',
            'encoded_predictions', 'focal_cost', 'decode_all', 'match_cost', 'assign', 'focal_loss',
-           'gaussian_focal_loss', 'detection_counts', 'detection_loss', 'map_loss', 'total_loss', 'model_inputs',
-           'divergence', 'distill']
+           'gaussian_focal_loss', 'detection_counts', 'detection_loss', 'map_loss', 'total_loss', 'to_device',
+           'model_inputs', 'divergence', 'distill']
 
 # %% ../../nbs/train/00_losses.ipynb #da6076fb
 import torch
@@ -321,11 +321,21 @@ def total_loss(
 # %% ../../nbs/train/00_losses.ipynb #b3af142c
 _inputs = ('images','points','camera_intrinsics','camera2lidar','lidar2image','img_aug_matrix','lidar_aug_matrix')
 
+def to_device(
+    o,            # a tensor, or lists and dicts of some
+    device,
+):
+    "The same on a device; what is no tensor stays."
+    if isinstance(o, torch.Tensor): return o.to(device, non_blocking=True)
+    if isinstance(o, dict): return {k:to_device(v, device) for k,v in o.items()}
+    return [to_device(v, device) for v in o] if isinstance(o, (list,tuple)) else o
+
 def model_inputs(
     batch:dict,           # of a loader
+    device=None,          # by default where they are
 )->dict:
     "The part of a batch that a model reads."
-    return {k:batch[k] for k in _inputs if batch.get(k) is not None}
+    return {k:batch[k] if device is None else to_device(batch[k], device) for k in _inputs if batch.get(k) is not None}
 
 def divergence(
     logits, teacher,      # logits of the same shape
