@@ -464,7 +464,7 @@ def run(
 # %% ../nbs/90_cli.ipynb #315721b2
 @command('bevorin runs demo')
 def runs(
-    name:Param("a run; without one, all of them", str, nargs='?')=None,
+    name:Param("a run; without one, all of them", str, nargs='?'),
     json:str=None,            # write all that the records say to this file
 ):
     "What stands in runs/: of one run every stage, with its figures in --json."
