@@ -72,17 +72,29 @@ def compare(
     found:Detection,
     recorded:Detection,
     score:float=.05,  # boxes that the recording scores lower are left out
+    radius:float=1.,  # between centres of the same box, m
 )->dict:
     "Largest differences between two detections of the same frame: boxes in m and rad, scores, masks."
     res = {}
     if recorded.bboxes is not None:
-        n = min(len(found.scores), len(recorded.scores))
-        same = found.labels[:n] == recorded.labels[:n]
-        look = same & (recorded.scores[:n] >= score)
-        res = dict(boxes=len(found.scores), boxes_recorded=len(recorded.scores), labels_differ=int(n-same.sum()), boxes_compared=int(look.sum()))
-        if look.any(): res.update(box_max=float(np.abs(found.bboxes[:n][look]-recorded.bboxes[:n][look]).max()), score_max=float(np.abs(found.scores[:n][look]-recorded.scores[:n][look]).max()))
-    if recorded.masks is not None: res['mask_max'] = float(np.abs(found.masks-recorded.masks).max())
+        pairs,n = _pairs(found, recorded, score, radius)
+        res = dict(boxes=len(found.scores), boxes_recorded=len(recorded.scores), boxes_compared=n, boxes_missing=n-len(pairs))
+        if pairs:
+            i,j = map(list, zip(*pairs))
+            d = found.bboxes[i]-recorded.bboxes[j]
+            d[:,6] = (d[:,6]+np.pi)%(2*np.pi)-np.pi
+            res.update(centre_max=float(np.linalg.norm(d[:,:3], axis=1).max()), box_max=float(np.abs(d).max()), score_max=float(np.abs(found.scores[i]-recorded.scores[j]).max()))
+    if recorded.masks is not None: res.update(mask_max=float(np.abs(found.masks-recorded.masks).max()), mask_flipped=float(((found.masks > .5) != (recorded.masks > .5)).mean()))
     return res
+
+def _pairs(found, recorded, score, radius):
+    "The recorded boxes, the best first, each with the nearest one of its class that is left; and how many count."
+    look,free,res = [j for j in np.argsort(-recorded.scores, kind='stable') if recorded.scores[j] >= score],np.ones(len(found.scores), bool),[]
+    for j in look:
+        away = np.where(free & (found.labels == recorded.labels[j]), np.linalg.norm(found.bboxes[:,:3]-recorded.bboxes[j,:3], axis=1), np.inf)
+        i = int(away.argmin()) if len(away) else -1
+        if i >= 0 and away[i] <= radius: free[i] = False; res.append((i, int(j)))
+    return res,len(look)
 
 # %% ../../nbs/deploy/05_bundle.ipynb #ebcb5517
 MODULES = ('__init__','core','target','deploy/__init__','deploy/manifest','deploy/kernels','deploy/runtime','deploy/engine','deploy/bundle',
