@@ -37,7 +37,7 @@ def _read_npz(path):
     try:
         with np.load(str(path), allow_pickle=False) as z: return {k:z[k] for k in z.files}
     except OSError as e: raise os_error(e, f'read {path}') from e
-    except (ValueError,zipfile.BadZipFile,EOFError,KeyError,AttributeError,TypeError,NotImplementedError) as e: raise InputError(f'{path} is not an .npz file of plain arrays') from e
+    except (ValueError,zipfile.BadZipFile,EOFError,KeyError,AttributeError,TypeError,RuntimeError) as e: raise InputError(f'{path} is not an .npz file of plain arrays') from e
 
 def read_sample(
     path,             # an .npz

@@ -115,6 +115,8 @@ def _graph(g, where):
     tensors = [t for k in ('inputs','outputs') for t in (g.get(k) if ok and isinstance(g.get(k), list) else [None])]
     if not ok or not all(isinstance(t, dict) and {'name','shape','dtype'} <= set(t) for t in tensors):
         raise InputError(f'{where} must name a file of the same folder, its sha256, and name, shape and dtype of its inputs and outputs')
+    keep = g.get('keep_fp32', [])
+    if not isinstance(keep, list) or not all(isinstance(k, str) for k in keep): raise InputError(f'{where}.keep_fp32 must be a list of names, not {keep!r}')
 
 def _section(d, name, path):
     if not isinstance(d, dict): raise InputError(f'{path} has no {name}, which its graphs call for')

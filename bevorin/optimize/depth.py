@@ -12,14 +12,13 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn as nn
 from ..config import Config
-from ..core import InputError
+from ..core import InputError,nearest
 from ..model.bevfusion import build_model
 from ..model.fusion import SECOND
 from ..model.sparse import SparseBasicBlock,SparseEncoder
 from ..model.swin import SwinTransformer
 from ..model.transfusion import TransFusionHead
 from .profile import parts
-from .prune import near
 from ..train.losses import model_inputs
 
 # %% ../../nbs/optimize/03b_depth.ipynb #d90048e3
@@ -83,7 +82,7 @@ def chosen(
     have,res = units(model),{}
     for n in [names] if isinstance(names, str) else names:
         hits = [k for k in have if fnmatchcase(k, str(n))]
-        if not hits: raise InputError(f'{n!r} matches no block or layer that can go{near(n, have)}')
+        if not hits: raise InputError(f'{n!r} matches no block or layer that can go{nearest(n, have)}')
         res.update((k, have[k]) for k in hits)
     gone = {}
     for u in res.values():

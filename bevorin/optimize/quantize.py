@@ -9,7 +9,7 @@ __all__ = ['KEEP', 'SETTINGS', 'BACKENDS', 'FoldedSparseConv', 'fold_norms', 'in
            'load_quantized', 'QuantReport', 'layer_report', 'enable']
 
 # %% ../../nbs/optimize/02_quantize.ipynb #93ffe9fb
-import copy,difflib,importlib.metadata,io
+import copy,importlib.metadata,io
 from fnmatch import fnmatchcase
 from pathlib import Path
 import torch
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
-from ..core import InputError,atomic_path,need,os_error,read_json,write_json
+from ..core import InputError,atomic_path,nearest,need,os_error,read_json,write_json
 from ..model.bevfusion import build_model,load_checkpoint
 from ..model.sparse import SparseConv,sparse_conv
 from ..train.losses import model_inputs
@@ -164,13 +164,9 @@ def place(
     kept = {}
     for p in keep:
         hits = [n for n in names if fnmatchcase(n, p)]
-        if not hits and p not in KEEP: raise InputError(f'the pattern {p!r} matches no layer that could be quantised{_near(p, names)}')
+        if not hits and p not in KEEP: raise InputError(f'the pattern {p!r} matches no layer that could be quantised{nearest(p, names)}')
         for n in hits: kept.setdefault(n, p)
     return [n for n in names if n not in kept], kept
-
-def _near(pattern, names):
-    near = difflib.get_close_matches(pattern.replace('*', ''), names, 3, .3)
-    return f": the nearest names are {', '.join(near)}" if near else ''
 
 # %% ../../nbs/optimize/02_quantize.ipynb #cd74d21b
 class QuantBackend:
@@ -424,7 +420,7 @@ def enable(
 )->list:
     "Switch quantisers on or off; the names of the layers that the pattern matches."
     hits = [n for n in quantized_layers(model) if fnmatchcase(n, pattern)]
-    if not hits: raise InputError(f'the pattern {pattern!r} matches no quantised layer{_near(pattern, quantized_layers(model))}')
+    if not hits: raise InputError(f'the pattern {pattern!r} matches no quantised layer{nearest(pattern, quantized_layers(model))}')
     for n in hits:
         for w in what: getattr(model.get_submodule(n), f'{w}_quantizer').enabled = on
     return hits

@@ -15,11 +15,12 @@ import torch
 import torch.nn as nn
 from fastcore.basics import patch
 from tqdm import tqdm
-from ..core import InputError,check_writable,need,os_error
+from ..core import InputError,check_writable,nearest,os_error
 from .complexity import complexity
 from .depth import drop,units
-from .prune import add_gradients,carve,cut,get_importance,near,silence,slices,targets,trainable
+from .prune import add_gradients,carve,cut,get_importance,silence,slices,targets,trainable
 from .widths import dependencies,pruned_config,widths
+from ..train.evaluate import weights_digest
 from ..train.losses import divergence,model_inputs
 from ..train.optim import measure_norms
 
@@ -95,9 +96,7 @@ def touched_by(
 
 # %% ../../nbs/optimize/04_sensitivity.ipynb #5ddaa0c7
 def _digest(model, settings):
-    h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for k,v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
+    return hashlib.sha256((json.dumps(settings, sort_keys=True)+weights_digest(model)).encode()).hexdigest()
 
 def _lines(path, digest):
     "The points of a journal; a last line that was cut off is dropped."
@@ -199,7 +198,7 @@ def _groups(model, groups):
     if groups is None: return known
     names = [*widths(model),*units(model)]
     for g in groups:
-        if not any(fnmatchcase(n, g) for n in names): raise InputError(f'the group {g!r} matches no width and no block{near(g, names)}')
+        if not any(fnmatchcase(n, g) for n in names): raise InputError(f'the group {g!r} matches no width and no block{nearest(g, names)}')
     return list(groups)
 
 def _join(done, journal, digest, world):

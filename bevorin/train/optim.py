@@ -129,13 +129,15 @@ def measure_norms(
 )->int:
     "Measure the statistics of every batch norm anew; over how many batches."
     norms,device,n = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)],next(model.parameters()).device,0
-    was = model.training,[m.momentum for m in norms]
+    was,kept = model.training,[m.momentum for m in norms]
     model.eval()
     for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-    for batch in tqdm(batches, desc='norms', disable=not progress): model.raw(**model_inputs(batch, device)); n += 1
+    try:
+        for batch in tqdm(batches, desc='norms', disable=not progress): model.raw(**model_inputs(batch, device)); n += 1
+    finally:
+        for m,momentum in zip(norms, kept): m.momentum = momentum
+        model.train(was)
     if not n: raise InputError('the batch norms were to be measured on no frame at all: give batches')
-    for m,momentum in zip(norms, was[1]): m.momentum = momentum
-    model.train(was[0])
     return n
 
 # %% ../../nbs/train/00_optim.ipynb #ea37d87c
