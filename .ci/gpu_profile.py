@@ -79,10 +79,10 @@ def main(argv=None):
             p = profile(model, frame, a.runs, a.warmup, device, precision, compile, trace=a.trace if k == [*todo][-1] else None, name=f'{title}, {k.partition("_")[2].replace("_", ", ")}', about=about)
             res['profiles'][k] = {i:v for i,v in p.brief().items() if i not in ('kind','date','hardware','versions')}
             print(f"{k}: {p['frame']['median_ms']:.2f} ms (P95 {p['frame']['p95_ms']:.2f}), the parts cover {p['covered_percent']:.1f} %, {time.time()-start:.0f} s", flush=True)
-        except InputError as e:
+        except Exception as e:
             failed += 1
-            res['profiles'][k] = dict(error=str(e))
-            print(f'{k}: {e}', flush=True)
+            res['profiles'][k] = dict(error=str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'[:600])
+            print(f"{k}: {res['profiles'][k]['error']}", flush=True)
         write_json(res, a.out)
         if device.type == 'cuda': torch.cuda.empty_cache()
     return int(failed > 0)
