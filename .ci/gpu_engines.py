@@ -274,7 +274,7 @@ def short(res):
     m, s = res['machine'], res['settings']
     return dict(what='TensorRT engines on one GPU: built, run by Detector on one frame, compared with ONNX Runtime, timed', kind='measured', date=m['date'][:10], hardware={k:m['gpu'][k] for k in ('name', 'driver_version', 'memory.total', 'clocks.max.sm', 'power.limit')}, cpu=m.get('cpu'), cores=m['cores'],
                 python=m['python'], versions=m['versions'], settings=s, note=_note, jobs={name if len(job['engines']) == 1 else f"{name}_{j['precision']}":j for name,job in res['jobs'].items() if job.get('engines') for j in of(job)},
-                command='python .ci/gpu_engines.py '+' '.join([f'{n}=DIR:INPUTS.npz' for n in res['jobs']]+[f"--{k.replace('_s', '').replace('_', '-')} {v:g}" for k,v in s.items() if isinstance(v, (int, float))]))
+                command='python .ci/gpu_engines.py '+' '.join([f'{n}=DIR:INPUTS.npz' for n in res['jobs']]+[f"--{k.removesuffix('_s').replace('_', '-')} {v:g}" for k,v in s.items() if isinstance(v, (int, float))]))
 
 def summary(res):
     for name,job in res['jobs'].items():
