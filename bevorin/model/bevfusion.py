@@ -195,7 +195,7 @@ def load_checkpoint(
 )->LoadReport:
     "Load `path` into `model`, strictly unless told otherwise."
     state,own = read_checkpoint(path),model.state_dict()
-    report = LoadReport([k for k in own if k not in state], [k for k in state if k not in own],
+    report = LoadReport([k for k in own if k not in state and k.rsplit('.')[-1] not in _constants], [k for k in state if k not in own],
                         {k:(tuple(own[k].shape), tuple(v.shape)) for k,v in state.items() if k in own and own[k].shape != v.shape})
     if not allow_partial and not report.complete:
         raise InputError(f'{path} does not fit the config: {report} (--allow-partial loads what fits)')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMPORTANCES', 'get_importance', 'add_gradients', 'keep_count', 'ratios_for', 'targets', 'kept_channels', 'Cut', 'cut',
-           'slices', 'pruned_state', 'reach', 'trainable', 'carve', 'prune', 'PruneReport', 'MaskedLayerNorm',
-           'silence']
+           'cut_at', 'slices', 'pruned_state', 'reach', 'check_target', 'trainable', 'carve', 'prune', 'PruneReport',
+           'MaskedLayerNorm', 'silence']
 
 # %% ../../nbs/optimize/03_prune.ipynb #80355450
-import copy,math
+import copy,functools,math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 import torch
@@ -112,16 +112,37 @@ def cut(
     ties=None,            # of `dependencies`, where there are many cuts of one model
 )->Cut:
     "Score all channels and decide."
+    def choose(r, group):
+        n,m = keep[r.name],keep.get(r.inner, 1)
+        return None if (n,m) == (r.n,r.m) else kept_channels(_scores(importance, group(), r), r, n, m)
+    return _cut(model, choose, ties)
+
+def cut_at(
+    model:nn.Module,      # of `trainable`, on the CPU
+    kept:dict,            # of a `Cut`: width -> for each of its roots, which channels stay
+    ties=None,
+)->Cut:
+    "The cut that keeps these channels."
+    at = {k:iter(v) for k,v in kept.items()}
+    def choose(r, group):
+        stay = next(at.get(r.name, iter(())), None)
+        if stay is not None and not (stay and all(isinstance(i, int) for i in stay) and 0 <= stay[0] and stay[-1] < r.n*r.m and sorted(set(stay)) == stay): raise InputError(f'the channels kept of {r.name} are no rising indices below {r.n*r.m}: they were chosen on another model')
+        return stay and (stay, sorted({i//r.m for i in stay}))
+    res = _cut(model, choose, ties)
+    if odd := [k for k,v in kept.items() if len(res.kept.get(k, ())) != len(v)]: raise InputError(f'the channels kept of {odd[0]} do not fit the model: they were chosen on another one')
+    return res
+
+def _cut(model, choose, ties):
     graph,layers,stand_in = ties or dependencies(model)
     res = Cut({}, {}, {}, {})
     for r in roots(model):
-        n,m = keep[r.name],keep.get(r.inner, 1)
-        if (n,m) == (r.n,r.m): continue
-        group = group_of(graph, stand_in, r)
-        stay,outer = kept_channels(_scores(importance, group, r), r, n, m)
+        found = functools.lru_cache(None)(lambda: group_of(graph, stand_in, r))
+        picked = choose(r, found)
+        if not picked: continue
+        stay,outer = picked
         res.kept.setdefault(r.name, []).append(stay)
         if r.inner: res.heads[layers[r.module].rpartition('.')[0]] = outer
-        _add(res, graph, layers, group, set(range(r.n*r.m))-set(stay))
+        _add(res, graph, layers, found(), set(range(r.n*r.m))-set(stay))
     return res
 
 def _scores(importance, group, root):
@@ -198,11 +219,13 @@ def reach(
     round_to:int=8,
     most:float=.8,        # largest ratio of a width
     voxels:int=None,      # count the sparse encoder's operations for so many voxels
+    full:dict=None,       # what the shares are of, where some of the model has gone before: `complexity(…).total`
 )->dict:
     "Ratios by width that reach the target."
     now,base = widths(model),ratios_for(widths(model), ratio)
-    _check_target(target, most, voxels, base)
-    full = complexity(cfg, voxels).total
+    check_target(target, voxels)
+    _check_target(most, base)
+    full = full or complexity(cfg, voxels).total
     def at(scale):
         ratios = {k:min(most, r*scale) for k,r in base.items()}
         total = complexity(pruned_config(cfg, model, targets(now, ratios, round_to)), voxels).total
@@ -217,13 +240,20 @@ def reach(
         low,high,ratios = (low,mid,res) if reached(gone) else (mid,high,ratios)
     return {k:round(r, 5) for k,r in ratios.items()}
 
-def _check_target(target, most, voxels, base):
+def _share(v): return isinstance(v, (int,float)) and not isinstance(v, bool) and 0 < v < 1
+
+def check_target(
+    target,       # what somebody asks for
+    voxels=None,
+):
+    "Refuse what is no table of savings."
     known = 'params','dense_macs','macs'
-    share = lambda v: isinstance(v, (int,float)) and not isinstance(v, bool) and 0 < v < 1
     if not isinstance(target, dict) or not target or (odd := [k for k in target if k not in known]): raise InputError(f"a target is a table of {', '.join(known)}, not {target if not isinstance(target, dict) or not target else odd[0]!r}")
-    if odd := [k for k,v in target.items() if not share(v)]: raise InputError(f'the target of {odd[0]} is {target[odd[0]]!r}: it must be a number between 0 and 1, the share to take away')
+    if odd := [k for k,v in target.items() if not _share(v)]: raise InputError(f'the target of {odd[0]} is {target[odd[0]]!r}: it must be a number between 0 and 1, the share to take away')
     if 'macs' in target and not voxels: raise InputError("the target macs counts the sparse encoder's operations too: give voxels, or take dense_macs")
-    if not share(most): raise InputError(f'most is {most!r}: it must be a number between 0 and 1, the largest ratio of a width')
+
+def _check_target(most, base):
+    if not _share(most): raise InputError(f'most is {most!r}: it must be a number between 0 and 1, the largest ratio of a width')
     if not any(base.values()): raise InputError('every ratio is 0: there is nothing to scale')
 
 def _too_much(target, gone, base, most, round_to):
@@ -275,16 +305,15 @@ def prune(
     if importance == 'taylor': add_gradients(net, batches)
     c = cut(net.cpu(), keep, score)
     res,small = carve(model, cfg, c, keep)
-    return res, small, _report(cfg, small, now, keep, ratio, c, importance, round_to, voxels)
+    return res, small, PruneReport(**_report(cfg, small, now, keep, ratios_for(now, ratio), ratio, importance, round_to, voxels), kept=c.kept)
 
-def _report(cfg, small, now, keep, ratio, c, importance, round_to, voxels):
-    asked = ratios_for(now, ratio)
+def _report(cfg, small, now, keep, asked, ratio, importance, round_to, voxels):
     rows = [dict(name=k, width=n, asked=asked[k], kept=keep[k], reached=round(1-keep[k]/n, 4)) for k,n in now.items()]
     counted = {k:complexity(o, voxels) for k,o in (('before',cfg), ('after',small))}
     both = lambda key: {k:t.total[key] for k,t in counted.items()}
     name = importance if isinstance(importance, str) else getattr(importance, '__name__', type(importance).__name__)
     return PruneReport(format=1, importance=name, round_to=round_to, ratio=ratio, widths=rows, parameters=both('params'), dense_macs=both('dense_macs'), **({'macs':both('macs'), 'sparse_encoder':{k:t.sparse for k,t in counted.items()}} if voxels else {}),
-                       unpruned={r['name']:f"{r['width']} less {100*r['asked']:g} % rounds to {r['kept']}" if r['asked'] else 'ratio 0' for r in rows if not r['reached']}, kept=c.kept)
+                       unpruned={r['name']:f"{r['width']} less {100*r['asked']:g} % rounds to {r['kept']}" if r['asked'] else 'ratio 0' for r in rows if not r['reached']})
 
 class PruneReport(dict):
     "What pruning asked for and what it reached, as plain data with a table and a plot."

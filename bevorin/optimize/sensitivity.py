@@ -18,10 +18,10 @@ from tqdm import tqdm
 from ..core import InputError,check_writable,nearest,os_error
 from .complexity import complexity
 from .depth import drop,units
-from .prune import add_gradients,carve,cut,get_importance,silence,slices,targets,trainable
+from .prune import add_gradients,carve,check_target,cut,get_importance,silence,slices,targets,trainable
 from .widths import dependencies,pruned_config,widths
 from ..train.evaluate import weights_digest
-from ..train.losses import divergence,model_inputs
+from ..train.losses import model_inputs
 from ..train.optim import measure_norms
 
 # %% ../../nbs/optimize/04_sensitivity.ipynb #4b721452
@@ -77,16 +77,32 @@ class Reference:
         net:nn.Module,        # in eval mode
         touched=('camera','lidar'),   # branches that differ
     )->float:
-        "Divergence from the whole model: of the heat map by its peaks, of the map by its cells."
-        with batch_statistics(net.eval()): return sum(self._apart(net, *o, touched) for o in zip(self.inputs, self.maps, self.raw))/len(self.inputs)
+        "What of the whole model's boxes and map is lost, 0 to about 2: by class, as mAP and mIoU count."
+        boxes,cells = {},0.
+        with batch_statistics(net.eval()):
+            for x,maps,ref in zip(self.inputs, self.maps, self.raw):
+                got = self.heads(net, self.branches(net, x, {k:v for k,v in maps.items() if k not in touched}))
+                if 'object' in ref: _add_boxes(boxes, net.heads['object'].decode(got['object']), net.heads['object'].decode(ref['object']))
+                if 'map' in ref: cells = cells+_shared(got['map'], ref['map'])
+        lost = [(all_-found+more)/all_ for all_,found,more in boxes.values() if all_ >= .5]
+        shared = [1-a/b for a,b,n in cells.T.tolist() if n >= 1] if len(np.shape(cells)) else []
+        return sum(float(np.mean(o)) for o in (lost,shared) if o)
 
-    def _apart(self, net, x, maps, ref, touched):
-        got,res = self.heads(net, self.branches(net, x, {k:v for k,v in maps.items() if k not in touched})),[]
-        if 'object' in ref:
-            a,b = got['object']['dense_heatmap'],ref['object']['dense_heatmap']
-            res.append(float(divergence(a, b).sum()/b.float().sigmoid().sum().clamp(min=1)))
-        if 'map' in ref: res.append(float(divergence(got['map'], ref['map']).mean()))
-        return sum(res)
+def _add_boxes(sums, got, ref, reach=4.):
+    "Per class: the scores of the reference, how much of them is found near by, and what is found beside."
+    for g,r in zip(got, ref):
+        for c in torch.cat([g['labels'],r['labels']]).unique().tolist():
+            a,b = r['labels'] == c,g['labels'] == c
+            s,t = r['scores'][a],g['scores'][b]
+            near = (1-torch.cdist(r['boxes'][a][:,:2], g['boxes'][b][:,:2], compute_mode='donot_use_mm_for_euclid_dist')/reach).clamp(min=0)
+            found = (torch.minimum(s[:,None], t)*near).amax(1).sum() if len(t) else s.sum()*0
+            more = (t-(s[:,None]*(near > 0)).amax(0)).clamp(min=0).sum() if len(s) else t.sum()
+            sums[c] = [x+float(y) for x,y in zip(sums.get(c, [0.]*3), (s.sum(),found,more))]
+
+def _shared(got, ref):
+    "Per class: the cells that both see, that either sees, and that the reference sees, by probability."
+    p,q = got.float().sigmoid(),ref.float().sigmoid()
+    return torch.stack([torch.minimum(p, q).sum((0,2,3)), torch.maximum(p, q).sum((0,2,3)), q.sum((0,2,3))]).cpu().double().numpy()
 
 def touched_by(
     names,        # of parameters
@@ -264,32 +280,51 @@ def distribute(
     sens:Sensitivity,     # of `sensitivity`
     model:nn.Module,
     cfg:dict,
-    target:dict,          # `params`, `dense_macs` or `macs`: the share to take away
+    target:dict,          # `params`, `dense_macs`, `macs`: the share to take away, of each at least
     round_to:int=8,
+    full:dict=None,       # what the shares are of, where some of the model has gone before: `complexity(…).total`
 )->dict:
     "Ratios by group, for `prune`, that reach the target with the least damage."
-    keys,voxels = _keys(sens['voxels']),sens['voxels']
-    if not isinstance(target, dict) or len(target) != 1 or next(iter(target)) not in keys or not isinstance(v := next(iter(target.values())), (int,float)) or not 0 < v < 1:
-        raise InputError(f"the target must be one of {', '.join(keys)} with a number between 0 and 1, not {target!r}")
-    (key,wanted),full,now = next(iter(target.items())),complexity(cfg, voxels).total,widths(model)
-    curves = _curves(sens, units(model))
+    voxels,now,curves = sens['voxels'],widths(model),_curves(sens, units(model))
+    check_target(target, voxels)
     if not curves: raise InputError('the sensitivity holds no group of widths to distribute over')
-    saved = lambda ratios: 1-complexity(pruned_config(cfg, model, targets(now, ratios, round_to)), voxels).total[key]/full[key]
-    def pick(price):
-        ratios = {g:round(float(c['ratio'][int(np.argmin(c['damage']-price*c[key]))]), 4) for g,c in curves.items()}
-        return ratios,saved(ratios)
+    full,seen = full or complexity(cfg, voxels).total,{}
+    def gone(ratios):
+        keep = targets(now, ratios, round_to)
+        if (k := tuple(keep.values())) not in seen: seen[k] = complexity(pruned_config(cfg, model, keep), voxels).total
+        return {k:1-seen[tuple(keep.values())][k]/full[k] for k in target}
+    enough = lambda ratios: all(v >= target[k] for k,v in gone(ratios).items())
+    found = [_priced(curves, w, enough) for w in _weights(target)]
+    if not (found := [f for f in found if f]):
+        most = gone({g:float(c['ratio'][-1]) for g,c in curves.items()})
+        k = next((k for k in target if most[k] < target[k]), next(iter(target)))
+        raise InputError(f'the target of {target[k]:.1%} fewer {k} cannot be reached: with every group at the largest measured ratio {most[k]:.1%} go')
+    return min(found, key=lambda r: sum(c['damage'][_at(c, r.get(g, 0))] for g,c in curves.items()))
+
+def _at(curve, ratio): return int(np.searchsorted(curve['ratio'], ratio-1e-6))
+
+def _weights(target):
+    "How much a saving of each kind counts: one kind alone, or mixtures of two."
+    keys = list(target)
+    if len(keys) == 1: return [{keys[0]:1.}]
+    return [{k:(t if k == keys[0] else (1-t)/(len(keys)-1)) for k in keys} for t in np.linspace(0, 1, 7)]
+
+def _priced(curves, weights, enough):
+    "Ratios at the lowest price of a saving that is enough, or None."
+    worth = {g:sum(w*c[k] for k,w in weights.items()) for g,c in curves.items()}
+    def pick(price): return {g:round(float(c['ratio'][int(np.argmin(c['damage']-price*worth[g]))]), 4) for g,c in curves.items()}
     low,high = 0.,1.
-    while pick(high)[1] < wanted:
-        if high > 1e12: raise InputError(f'the target of {wanted:.1%} fewer {key} cannot be reached: with every group at the largest measured ratio {pick(high)[1]:.1%} go')
+    while not enough(pick(high)):
+        if high > 1e12: return None
         high *= 8
     while high-low > 1e-2*high:
         mid = (low+high)/2
-        low,high = (low,mid) if pick(mid)[1] >= wanted else (mid,high)
-    return _trimmed(pick(high)[0], curves, key, lambda r: saved(r) >= wanted)
+        low,high = (low,mid) if enough(pick(mid)) else (mid,high)
+    return _trimmed(pick(high), curves, worth, enough)
 
-def _trimmed(ratios, curves, key, enough):
+def _trimmed(ratios, curves, worth, enough):
     "Less of what is dearest, as long as it is enough."
-    price = lambda g: (c := curves[g])['damage'][i := int(np.searchsorted(c['ratio'], ratios[g]-1e-6))]/max(c[key][i], 1e-9)
+    price = lambda g: curves[g]['damage'][i := _at(curves[g], ratios[g])]/max(worth[g][i], 1e-9)
     for g in sorted((g for g in ratios if ratios[g]), key=price, reverse=True):
         t = next((t for t in (0,.25,.5,.75) if enough({**ratios, g:ratios[g]*t})), None)
         if t is not None: ratios[g] = round(ratios[g]*t, 4)
