@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['dataset_digest', 'make_data', 'dataset', 'check_splits', 'load_model', 'save_model', 'cost', 'analyze', 'smaller',
-           'prune', 'finetune', 'quantize', 'kept', 'export', 'build', 'raw_frames', 'detector', 'compare', 'errors',
-           'bench', 'DetectorPredictor', 'image_bytes', 'evaluate', 'sample_of', 'bundle', 'details_of', 'report',
-           'plan', 'run']
+           'prune', 'finetune', 'quantize', 'kept', 'export', 'estimate', 'build', 'raw_frames', 'detector', 'compare',
+           'errors', 'bench', 'DetectorPredictor', 'image_bytes', 'evaluate', 'sample_of', 'bundle', 'details_of',
+           'report', 'plan', 'run']
 
 # %% ../nbs/80_pipeline.ipynb #32b11ebe
 import hashlib,json,os,shutil
@@ -241,6 +241,19 @@ def export(job):
         sizes[model] = sum(g['bytes'] for g in read_json(job.folder/model/'spec.json')['graphs'].values())
     job.says = ', '.join(f'{k} {v/1e6:.2f} MB' for k,v in sizes.items())
     return {f'{k}.graph_bytes':metric(v, 'B', 'counted') for k,v in sizes.items()}
+
+# %% ../nbs/80_pipeline.ipynb #074cda66
+def estimate(job):
+    "Stage `estimate`: what the budget's board is predicted to need for a frame."
+    from bevorin.orin.estimate import estimate_frame
+    s,metrics = job.settings,{}
+    voxels = s['voxels'] or _voxels(load_model(job, 'analyze/config.json', 'checkpoint')[0], _first_cloud(job, _cfg(job)))
+    for m in s['models']:
+        e = estimate_frame(job.inputs[f'export/{m}'], **({'voxels':voxels} if voxels else {}), target=s['board'], mode=s['mode'])
+        write_json(e.to_dict(), job.folder/f'{m}.json')
+        metrics.update({f'{m}.orin_{k}':metric(**f) for k,f in e.figures().items()})
+    job.says = ', '.join(f"{m} {metrics[f'{m}.orin_latency']['value']:.1f} ms" for m in s['models'])+f' predicted for {e.on}'
+    return metrics
 
 # %% ../nbs/80_pipeline.ipynb #d54059e7
 def _builder(wanted):
@@ -526,6 +539,7 @@ def plan(
         config,weights = where['pruned'] if r.prune else where['baseline']
         add('quantize', quantize, dict(base, device=r.device, config=config, weights=weights, **r.quantize.to_dict()), (config, weights, *world), given)
     add('export', export, dict(base, name=r.name, target=r.export.target, models={m:list(where[m]) for m in shown}), tuple(n for m in shown for n in where[m])+(('quantize/quantize.json',) if r.quantize else ()), given)
+    if r.estimate and r.budget.get('board'): add('estimate', estimate, dict(base, models=shown, board=r.budget.board, **r.estimate.to_dict()), ('analyze/config.json', *graphs, *world), given)
     if r.build: add('build', build, dict(models=shown, here=_here(), **r.build.to_dict()), graphs)
     if r.compare: add('compare', compare, dict(base, models=shown, frames=r.compare.frames), ('analyze/config.json', *graphs, *built, *world), files)
     if r.bench: add('bench', bench, dict(base, models=shown, here=_here(), **r.bench.to_dict()), ('analyze/config.json', *graphs, *built, *world), files)

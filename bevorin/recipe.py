@@ -84,6 +84,8 @@ KNOBS = {   # knob -> (kind, default, what it is)
     'quantize.keep':(texts|none, None, 'patterns of layers that stay in floating point; null: the stage\'s own'),
     'export.target':(one_of('trt85','trt86','trt103','trtrtx','ort'), 'trt86', 'what must take the graphs; it chooses the opset'),
     'export.baseline':(flag, True, 'export the unpruned model too, to measure it in the same way'),
+    'estimate.mode':(text, 'MAXN', 'power mode of the budget\'s board that the prediction is for'),
+    'estimate.voxels':(whole(1)|none, None, 'of a frame; null: of the first frame of data.test'),
     'build.engine':(one_of('auto','tensorrt','tensorrt-rtx'), 'auto', 'auto: TensorRT where it is installed, otherwise TensorRT-RTX, which builds on any CPU'),
     'build.precision':(one_of('fp16','fp32'), 'fp16', 'of the layers that are not INT8, in a weakly typed engine'),
     'compare.frames':(whole(1), 2, 'of data.test'),
@@ -93,7 +95,7 @@ KNOBS = {   # knob -> (kind, default, what it is)
     'bundle.engines':(flag, True, 'with the built engines, where there are any'),
     'budget':(text|table, 'minimum', 'minimum, ideal, or gates of your own (base, board, and limits)'),
 }
-OPTIONAL = ('smaller','prune','finetune','quantize','build','compare','bench','evaluate','bundle')   # stages that may be left out
+OPTIONAL = ('smaller','prune','finetune','quantize','estimate','build','compare','bench','evaluate','bundle')   # stages that may be left out
 
 # %% ../nbs/03_recipe.ipynb #78526bcc
 def _yaml(v):

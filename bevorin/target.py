@@ -249,6 +249,9 @@ def _row(b, gate, limit, f):
     good = 'pass' if (v < limit if better == 'max' else v > limit) else 'fail'
     row.update(value=v, kind=kind, on=on)
     title = MODULES[b.board].title if b.board else None
+    if kind == 'predicted' and f.get('low') is not None and f.get('high') is not None:
+        sides = [v < limit if better == 'max' else v > limit for v in (_value(gate, {**f, 'value':f[k]}) for k in ('low','high'))]
+        return {**row, 'low':f['low'], 'high':f['high'], 'outlook':'predicted pass' if all(sides) else 'too close to call' if any(sides) else 'predicted fail', 'why':f"predicted {f['low']:.3g} to {f['high']:.3g} {unit}, not measured"}
     if kind in ('predicted','published'): return {**row, 'outlook':f'would {good}', 'why':f'{kind}, not measured'}
     if of_board and title and title.lower() not in str(on).lower(): return {**row, 'why':f'measured on {on}, not on {title}'}
     return {**row, 'verdict':good, 'why':None}
