@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
 # another torch: make TORCH_SPEC='torch==2.13.0+cpu' (or a wheel's path), where the plain one would bring CUDA
 TORCH_SPEC ?= torch==2.13.0
-EXTRAS := torch,nuscenes,prune,quantize,export,deploy,dev
+EXTRAS := torch,nuscenes,prune,quantize,export,deploy,monitor,dev
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := $(VENV)/bin

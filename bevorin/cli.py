@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['command', 'main', 'analyze', 'init_weights', 'infer', 'synth', 'train', 'evaluate', 'profile', 'sensitivity', 'prune',
-           'dla', 'estimate', 'run', 'runs']
+           'dla', 'estimate', 'run', 'monitor', 'runs']
 
 # %% ../nbs/90_cli.ipynb #91d41f7e
 import importlib,io,os,sys
@@ -578,6 +578,26 @@ def run(
     except (KeyboardInterrupt,SystemExit): print('bevorin: the same command goes on from here', file=sys.stderr); raise
     page = folder/'report'/'report.html'
     print(f'report: {page}' if page.is_file() else f'run: {folder}')
+
+# %% ../nbs/90_cli.ipynb #56799954
+@command('bevorin monitor --csv watts.csv --port 9400   or   bevorin monitor --replay tegrastats.log --speed 10')
+def monitor(
+    replay:str=None,          # a recorded tegrastats log; by default the board's own tegrastats
+    speed:float=1.,           # of the replay, times its own pace
+    interval_ms:int=None,     # between samples
+    csv:str=None,             # append a row a sample to this file
+    port:int=None,            # serve /metrics here; 0: a free port
+    host:str='127.0.0.1',     # address to serve at
+    frames:str=None,          # JSON lines that a pipeline appends to
+    seconds:float=None,       # to run; by default until Ctrl-C or the log's end
+    json:str=None,            # write the summary to this file
+    sudo:bool=False,          # start tegrastats with sudo
+    source:str='tegrastats',  # a program of this form, or jtop
+    show:str='auto',          # view, lines or none
+):
+    "Watch the board, or a recorded log."
+    from bevorin.orin.monitor import monitor_files
+    monitor_files(replay, speed, interval_ms, csv, port, host, frames, seconds, json, None, sudo, source, None if show == 'none' else show)
 
 # %% ../nbs/90_cli.ipynb #315721b2
 @command('bevorin runs demo')
