@@ -110,6 +110,8 @@ def child(a):
     settings = settings_from(net_cfg, epochs=1, amp='bf16' if dev.type == 'cuda' else None, ema=.99, **(dict(lr=5e-4, schedule='cosine', freeze_bn=True, warmup_steps=20) if frozen else dict(lr=1e-4)))
     def go(model, steps, out): return fit(model, TrainLoader(Kept(a.work/'train_samples', steps*a.batch), a.batch, workers=2), net_cfg, out, settings, resume=True, extra_loss=distill(base, dict(heatmap=1., map=1., boxes=1.)), device=dev, log_every=10, save_every=10**6, progress=False)
     if not (a.work/'steps').is_file():
+        (folder/'ready').touch()
+        while len([*(a.work/'jobs').glob('*/ready')]) < a.jobs: time.sleep(.2)    # a trial of some alone would promise too much
         probe = folder/f'probe{os.getpid()}'
         go(copy.deepcopy(net), a.probe, probe)
         put(folder/'probe.json', float(np.median(read_log(probe)['seconds'])))
@@ -135,7 +137,7 @@ def parent(a):
     make(a, jobs)
     todo = [j for j in jobs if not (a.work/'jobs'/j/'result.json').is_file()]
     gpus = torch.cuda.device_count() if a.device == 'cuda' else 0
-    cmd = lambda i,j: [sys.executable, __file__, '--child', j, '--device', f'cuda:{i%gpus}' if gpus else 'cpu', '--work', str(a.work), '--sens', str(a.sens), '--batch', str(a.batch), '--probe', str(a.probe), '--out', str(a.out), '--start', str(a.start)]
+    cmd = lambda i,j: [sys.executable, __file__, '--child', j, '--device', f'cuda:{i%gpus}' if gpus else 'cpu', '--work', str(a.work), '--sens', str(a.sens), '--batch', str(a.batch), '--probe', str(a.probe), '--out', str(a.out), '--start', str(a.start), '--jobs', str(len(todo))]
     running = {j:subprocess.Popen(cmd(i, j), stderr=open(a.work/f'{j}.err', 'w')) for i,j in enumerate(todo)}
     end,tail = a.start+a.seconds,a.tail
     while any(p.poll() is None for p in running.values()) and time.time() < end-8:
@@ -161,7 +163,7 @@ def parent(a):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--out', type=Path, default='prune.json'); ap.add_argument('--work', type=Path, default='/tmp/prune'); ap.add_argument('--sens', type=Path, default=TD/'measured/sensitivity_demo.json')
-    for k,v,h in (('seconds',560,'of this command'),('left',0,'of a second one that goes on'),('tail',75,'kept for the evaluation'),('start',0,argparse.SUPPRESS)): ap.add_argument(f'--{k}', type=float, default=v, help=h)
+    for k,v,h in (('seconds',560,'of this command'),('left',0,'of a second one that goes on'),('tail',75,'kept for the evaluation'),('start',0,argparse.SUPPRESS), ('jobs',0,argparse.SUPPRESS)): ap.add_argument(f'--{k}', type=float, default=v, help=h)
     for k,v,h in (('scenes',120,'streets to train on'), ('test-scenes',10,'streets to test on, 20 frames each'),('variants',2,'of each sample, augmented'),('batch',16,''),('probe',12,'steps of the trial'),('steps',0,'train so long, without a trial')): ap.add_argument(f'--{k}', type=int, default=v, help=h)
     ap.add_argument('--device', default='cuda'); ap.add_argument('--child', help=argparse.SUPPRESS); ap.add_argument('--only', nargs='+')
     a = ap.parse_args()
