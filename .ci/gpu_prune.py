@@ -13,15 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np
+from bevorin.core import read_json,write_json
 
 TD,VOXELS = ROOT/'tests_data',9000
 BUDGETS = {'20':dict(macs=.2), '32':dict(macs=.32), '44':dict(params=.45, macs=.44), '56':dict(macs=.56)}
 WORLDS = dict(train=dict(seed=50, version='v1.0-trainval'), test=dict(seed=40, version='v1.0-mini'))
 JOBS = {**{f'{b}_{i}':dict(budget=b, importance=i) for b in ('44','32','20','56') for i in ('taylor','l2','random')}, **{f'{b}_uniform':dict(budget=b, importance='taylor', uniform=True) for b in BUDGETS},
         '44_frozen_norms':dict(budget='44', importance='taylor', frozen=True), 'whole':{}}
-
-def put(path, obj):
-    tmp = Path(f'{path}.part'); tmp.write_text(json.dumps(obj, indent=1)); os.replace(tmp, path)
 
 def open_data(a, which):
     from bevorin.config import load_config
@@ -40,8 +38,8 @@ def plan(a, budget, uniform):
     torch.set_num_threads(1)
     cfg = load_config(TD/'configs/demo.yaml')
     model = build_model(cfg).eval()
-    how = reach(model, cfg, .3, BUDGETS[budget], voxels=VOXELS) if uniform else distribute(Sensitivity(json.loads(a.sens.read_text())), model, cfg, BUDGETS[budget])
-    put(a.work/f"plan_{budget}{'_uniform' if uniform else ''}.json", how)
+    how = reach(model, cfg, .3, BUDGETS[budget], voxels=VOXELS) if uniform else distribute(Sensitivity(read_json(a.sens)), model, cfg, BUDGETS[budget])
+    write_json(how, a.work/f"plan_{budget}{'_uniform' if uniform else ''}.json")
 
 def make(a, jobs):
     "Ratios, streets and samples, once."
@@ -100,7 +98,7 @@ def child(a):
     if not job: net,net_cfg,report = copy.deepcopy(base),cfg,None
     elif (folder/'pruned/prune.json').is_file(): net,net_cfg,report = load_pruned(folder/'pruned')
     else:
-        ratio = json.loads((a.work/f"plan_{job['budget']}{'_uniform' if job.get('uniform') else ''}.json").read_text())
+        ratio = read_json(a.work/f"plan_{job['budget']}{'_uniform' if job.get('uniform') else ''}.json")
         net,net_cfg,report = shrink(base, cfg, ratio, job['importance'], voxels=VOXELS, batches=some(4) if job['importance'] == 'taylor' else None)
         measure_norms(net, some(6), progress=False)
         save_pruned(net, net_cfg, report, folder/'pruned')
@@ -114,7 +112,7 @@ def child(a):
         while len([*(a.work/'jobs').glob('*/ready')]) < a.jobs: time.sleep(.2)    # a trial of some alone would promise too much
         probe = folder/f'probe{os.getpid()}'
         go(copy.deepcopy(net), a.probe, probe)
-        put(folder/'probe.json', float(np.median(read_log(probe)['seconds'])))
+        write_json(float(np.median(read_log(probe)['seconds'])), folder/'probe.json')
         while not (a.work/'steps').is_file(): time.sleep(.2)
     steps = int((a.work/'steps').read_text())
     out = go(net, steps, folder/'run')
@@ -127,7 +125,7 @@ def child(a):
         return {**{k:round(100*r.headline[k], 2) for k in ('mAP','NDS','mIoU')}, 'classes':{'AP':{k:round(100*v['AP'], 1) for k,v in r['detection']['classes'].items() if v.get('AP') is not None}, 'IoU':{k:round(100*v['IoU'], 1) for k,v in r['segmentation']['classes'].items()}}}
     res.update(steps=steps, samples=steps*a.batch, test_frames=len(test), loss=float(np.mean(read_log(folder/'run')['loss'][-5:])), **({k:v for k,v in report.summary().items()} if report else {}), **({'ratio':report['ratio']} if report else {}), tuned=score(net))
     if not job: res['as_shipped'] = score(base)
-    put(folder/'result.json', res)
+    write_json(res, folder/'result.json')
     say('mAP', res['tuned']['mAP'], 'mIoU', res['tuned']['mIoU'])
 
 def parent(a):
@@ -142,7 +140,7 @@ def parent(a):
     end,tail = a.start+a.seconds,a.tail
     while any(p.poll() is None for p in running.values()) and time.time() < end-8:
         if not (a.work/'steps').is_file():
-            seconds = [json.loads(f.read_text()) for j in running for f in [a.work/'jobs'/j/'probe.json'] if f.is_file()]
+            seconds = [read_json(f) for j in running for f in [a.work/'jobs'/j/'probe.json'] if f.is_file()]
             if len(seconds) == sum(p.poll() is None for p in running.values()) and seconds:
                 n = a.steps or int((end-time.time()-12 + max(0, a.left-30) - tail)/float(np.max(seconds)))
                 (a.work/'steps').write_text(str(n)); print('steps', n, 'seconds a step', float(np.median(seconds)), round(time.time()-a.start), 's', flush=True)
@@ -153,11 +151,10 @@ def parent(a):
         try: p.wait(max(1, end+6-time.time()))
         except subprocess.TimeoutExpired: p.kill()
         if p.returncode: print(j, 'ended with', p.returncode, (a.work/f'{j}.err').read_text()[-600:], flush=True)
-    device = torch.device('cuda:0' if gpus else 'cpu')
-    found = {j:json.loads(f.read_text()) for j in jobs for f in [a.work/'jobs'/j/'result.json'] if f.is_file()}
-    put(a.out, dict(what='the demo model pruned, fine-tuned and evaluated on held-out synthetic streets', kind='measured', date=time.strftime('%Y-%m-%d', time.gmtime()), hardware=dict(hardware(device), gpus=gpus), versions=versions(),
+    found = {j:read_json(f) for j in jobs for f in [a.work/'jobs'/j/'result.json'] if f.is_file()}
+    write_json(dict(what='the demo model pruned, fine-tuned and evaluated on held-out synthetic streets', kind='measured', date=time.strftime('%Y-%m-%d', time.gmtime()), hardware=dict(hardware(torch.device('cuda:0' if gpus else 'cpu')), gpus=gpus), versions=versions(),
         command=shlex.join(['python','.ci/gpu_prune.py','--scenes',str(a.scenes),'--batch',str(a.batch),'--seconds',f'{a.seconds:g}','--left',f'{a.left:g}']), voxels=VOXELS, budgets=BUDGETS, worlds=WORLDS, scenes=a.scenes, test_scenes=a.test_scenes, variants=a.variants, batch=a.batch,
-        training='bf16, one cycle from lr 1e-4, batch norms trained, EMA 0.99, the unpruned model teaches (heatmap, map, boxes: 1); frozen_norms: cosine from lr 5e-4', jobs=found))
+        training='bf16, one cycle from lr 1e-4, batch norms trained, EMA 0.99, the unpruned model teaches (heatmap, map, boxes: 1); frozen_norms: cosine from lr 5e-4', jobs=found), a.out)
     print(len(found), 'of', len(jobs), 'done', round(time.time()-a.start), 's', flush=True)
 
 def main():

@@ -396,12 +396,8 @@ def profile(
 # %% ../nbs/90_cli.ipynb #458acc4e
 def _some(cfg, data, split, frames, sweeps, nusc=None):
     "Some frames of a dataset, evenly spread."
-    import numpy as np
-    from bevorin.data.nuscenes import Loader,NuScenesDataset,open_nuscenes
-    if frames < 1: raise InputError(f'--frames {frames}: at least one is needed')
-    d = NuScenesDataset(cfg, data, split, sweeps=sweeps, nusc=nusc or open_nuscenes(data), progress=False)
-    if frames < len(d.order): d.order = d.order[np.linspace(0, len(d.order)-1, frames).round().astype(int)]
-    return Loader(d)
+    from bevorin.data.nuscenes import Loader,NuScenesDataset
+    return Loader(NuScenesDataset(cfg, data, split, sweeps=sweeps, frames=frames, nusc=nusc, progress=False))
 
 @command('bevorin sensitivity config.yaml --checkpoint model.pt --data nuscenes --split train --json sensitivity.json --plot sensitivity.png')
 def sensitivity(
@@ -549,10 +545,8 @@ def estimate(
     from bevorin.target import budget as limits,module
     modes,found = [m.name for m in module(target).modes] if mode == 'all' else [mode],{}
     for g in graphs:
-        frame = Path(g).is_dir()
-        tables = o.frame_of(g, voxels or o.MEAN_VOXELS, lidar) if frame else o.parts_of(g, None, voxels)
-        p = precision or ('graph' if any(t.get('quantized') for t in tables.values()) else 'fp16')
-        for m in modes: found[' '.join([Path(g).name]*(len(graphs) > 1)+[m]*(len(modes) > 1)) or Path(g).name] = o.estimate(tables, target=target, mode=m, precision=p, device=device, extra={'voxelize':o.VOXELIZE_MS} if frame and 'lidar' in tables else None)
+        predict = (lambda **kw: o.estimate_frame(g, voxels or o.MEAN_VOXELS, lidar=lidar, **kw)) if Path(g).is_dir() else (lambda **kw: o.estimate(g, voxels=voxels, **kw))
+        for m in modes: found[' '.join([Path(g).name]*(len(graphs) > 1)+[m]*(len(modes) > 1)) or Path(g).name] = predict(target=target, mode=m, precision=precision, device=device)
     for k,e in found.items():
         print(f'{k}: {e}')
         for r in o.outlook(e, budget): print(f"  {r['gate']} {'<' if r['better'] == 'max' else '>'} {r['limit']:g} {r['unit']}: {r['outlook']}, {r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})")

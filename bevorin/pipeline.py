@@ -55,9 +55,7 @@ def dataset(
     "The samples of the recipe's split."
     from bevorin.data.nuscenes import NuScenesDataset
     d,root = job.settings['data'],_root(job)[0]
-    res = NuScenesDataset(cfg, root, d[split], train=train, sweeps=d['sweeps'], seed=job.settings['seed'], nusc=_nusc(root, d['version']), progress=job.progress)
-    if frames and frames < len(res.order): res.order = res.order[np.linspace(0, len(res.order)-1, frames).round().astype(int)]
-    return res
+    return NuScenesDataset(cfg, root, d[split], train=train, sweeps=d['sweeps'], seed=job.settings['seed'], frames=frames, nusc=_nusc(root, d['version']), progress=job.progress)
 
 def check_splits(job, cfg):
     "Scenes that are both trained and tested on would make every figure worthless."
@@ -139,7 +137,7 @@ def prune(job):
     "Stage `prune`: fewer blocks and channels."
     from bevorin.data.nuscenes import Loader
     from bevorin.optimize.sensitivity import sensitivity
-    from bevorin.optimize.shrink import shrink
+    from bevorin.optimize.shrink import save_pruned,shrink
     from bevorin.train.optim import measure_norms
     _prepare(job)
     s = job.settings
@@ -156,8 +154,7 @@ def prune(job):
         if s['norm_frames']: measure_norms(net, some(s['norm_frames']), job.progress)
         if k < s['steps']: net.load_state_dict(_trained(job, net, net_cfg, model, dict(s['tune'], device=s['device']), job.work/f'step{k}')[0])
     pruned,cfg,report = shrink(model, cfg, None if sens else s['ratio'], s['importance'], s['round_to'], frames, voxels, s['seed'], s['target'], s['drop'], sens, s['steps'], tune)
-    save_model(job.folder, pruned.state_dict(), cfg)
-    write_json(report, job.folder/'prune.json')
+    save_pruned(pruned, cfg, report, job.folder)
     _,metrics = cost(job, cfg, points)
     after = metrics['parameters']['value']
     job.says = f'{before/1e6:.2f} -> {after/1e6:.2f} M parameters ({100*(after/before-1):+.0f} %)'

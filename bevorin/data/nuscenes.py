@@ -316,12 +316,14 @@ class NuScenesDataset:
         balance:bool=False,      # draw samples so that classes are met equally often
         strict:bool=False,       # a missing or damaged file is an error
         seed:int=0,              # of `balance`
+        frames:int=None,         # so many of the samples, evenly spread; by default all
         masks:bool=None,         # map masks; by default if the configuration has a map head
         nusc=None,               # the devkit's `NuScenes`, if it is open
         progress:bool=True,
     ):
         self.root,self.sweeps,self.strict,self.train = Path(root),sweeps,strict,train
         if sweeps<0: raise InputError(f'sweeps must be 0 or more, not {sweeps}')
+        if frames is not None and frames<1: raise InputError(f'frames must be 1 or more, not {frames}')
         nusc = nusc or open_nuscenes(root, version)
         self.version,self.scenes,self.prepare = nusc.version,split_scenes(nusc, split),Prepare(cfg, train)
         names = {s['token'] for s in nusc.scene if s['name'] in self.scenes}
@@ -335,6 +337,7 @@ class NuScenesDataset:
             except InputError as e: self.skip(t, e)
         if not self.samples: raise InputError(f"none of the {len(tokens)} samples has all its files; of the first, {next(iter(self.skipped.values()), 'nothing is in the tables')}")
         self.order = balanced([s.labels for s in self.samples], seed) if balance else np.arange(len(self.samples))
+        if frames is not None and frames < len(self.order): self.order = self.order[np.linspace(0, len(self.order)-1, frames).round().astype(int)]
         self.maps = self.open_maps(cfg, masks)
 
     def __len__(self): return len(self.order)

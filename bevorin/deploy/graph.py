@@ -6,8 +6,8 @@
 __all__ = ['TARGETS', 'Target', 'find_target', 'constant', 'add_constant', 'base_name', 'put', 'become', 'attribute',
            'attributes', 'nodes', 'alone', 'evaluate', 'fold_constants', 'fold_norms', 'plain_gather', 'plain_pad',
            'plain_attributes', 'store_int8', 'convs_2d', 'compact_masks', 'compact_indices', 'lower_layer_norm',
-           'lower_opset', 'float_weights', 'rename', 'lower', 'check_graph', 'check_graphs', 'count_graph',
-           'count_graphs', 'plot_ops']
+           'lower_opset', 'float_weights', 'rename', 'lower', 'check_graph', 'read_graph', 'check_graphs',
+           'count_graph', 'count_graphs', 'plot_ops']
 
 # %% ../../nbs/deploy/00_graph.ipynb #0d96af0b
 import ast,hashlib
@@ -469,6 +469,14 @@ def _read_bytes(path):
 def _parse(data, path):
     try: return need('onnx', 'export').load_model_from_string(data)
     except Exception as e: raise InputError(f'{path} is not an ONNX file, or it is truncated') from e
+
+def read_graph(
+    path,         # an .onnx file
+):
+    "The model in a file."
+    proto = _parse(_read_bytes(path), path)
+    if not proto.graph.node: raise InputError(f'{path} is not an ONNX graph: it has no nodes')
+    return proto
 
 def check_graphs(
     folder,       # with `spec.json` and its graphs

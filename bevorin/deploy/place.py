@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from ..core import InputError,atomic_path,check_writable,nearest,need,os_error,read_json,write_json
 from .cache import strip_quantisers,write_cache,check_ranges,int8_tensors
-from .dla import MOST_LOADABLES,Judgement,Net,judge,ranges,read_graph
+from .dla import MOST_LOADABLES,Judgement,Net,judge,ranges
+from .graph import read_graph
 
 # %% ../../nbs/deploy/06a_place.ipynb #aec54ec1
 def _constant(model, name, array):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMPORTANCES', 'get_importance', 'add_gradients', 'keep_count', 'ratios_for', 'targets', 'kept_channels', 'Cut', 'cut',
-           'cut_at', 'slices', 'pruned_state', 'reach', 'check_target', 'trainable', 'carve', 'prune', 'PruneReport',
-           'MaskedLayerNorm', 'silence']
+           'cut_at', 'slices', 'pruned_state', 'reach', 'check_target', 'trainable', 'carve', 'prune', 'narrow',
+           'report_of', 'PruneReport', 'MaskedLayerNorm', 'silence']
 
 # %% ../../nbs/optimize/03_prune.ipynb #80355450
 import copy,functools,math
@@ -296,18 +296,30 @@ def prune(
     target:dict=None,     # scale the ratios until so much has gone, as for `reach`
 ):
     "The pruned model in eval mode, its config, and a report."
-    score = get_importance(importance, seed)
     now = widths(model)
     if target: ratio = reach(model, cfg, ratio, target, round_to, voxels=voxels)
     keep = targets(now, ratio, round_to)
     if keep == now: raise InputError(f'nothing is pruned: with round_to {round_to} no width of the model gets smaller at these ratios')
+    res,small,kept = narrow(model, cfg, keep, importance, batches, seed)
+    return res, small, PruneReport(**report_of(cfg, small, now, keep, ratios_for(now, ratio), ratio, importance, round_to, voxels), kept=kept)
+
+@torch.no_grad()
+def narrow(
+    model:nn.Module,
+    cfg:dict,             # its config
+    keep:dict,            # of `targets`
+    importance='l2',      # a name of `IMPORTANCES`, or a callable: group -> scores
+    batches=None,         # annotated batches, for `taylor`
+    seed:int=0,           # of `random`
+):
+    "The model with so many of each width, its config, and which channels stayed."
     net = trainable(model)
     if importance == 'taylor': add_gradients(net, batches)
-    c = cut(net.cpu(), keep, score)
-    res,small = carve(model, cfg, c, keep)
-    return res, small, PruneReport(**_report(cfg, small, now, keep, ratios_for(now, ratio), ratio, importance, round_to, voxels), kept=c.kept)
+    c = cut(net.cpu(), keep, get_importance(importance, seed))
+    return *carve(model, cfg, c, keep), c.kept
 
-def _report(cfg, small, now, keep, asked, ratio, importance, round_to, voxels):
+def report_of(cfg, small, now, keep, asked, ratio, importance, round_to, voxels)->dict:
+    "Asked and reached, width by width, and what it saves."
     rows = [dict(name=k, width=n, asked=asked[k], kept=keep[k], reached=round(1-keep[k]/n, 4)) for k,n in now.items()]
     counted = {k:complexity(o, voxels) for k,o in (('before',cfg), ('after',small))}
     both = lambda key: {k:t.total[key] for k,t in counted.items()}

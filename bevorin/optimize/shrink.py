@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from ..config import load_config
-from ..core import InputError,atomic_path,os_error,read_json,write_json
+from ..core import InputError,os_error,read_json,write_json
 from ..model.bevfusion import build_model,load_checkpoint
 from .complexity import complexity
 from .depth import chosen,drop as without
-from .prune import PruneReport,_report,add_gradients,carve,cut,cut_at,get_importance,reach,ratios_for,targets,trainable
+from .prune import PruneReport,carve,cut_at,narrow,reach,ratios_for,report_of,targets,trainable
 from .sensitivity import distribute
 from .widths import roots,widths
 from ..train.evaluate import weights_digest
+from ..train.loop import write_checkpoint
 
 # %% ../../nbs/optimize/05_shrink.ipynb #45730a5b
 def shrink(
@@ -52,13 +53,10 @@ def shrink(
     for k in range(1, steps+1):
         keep = targets(now, {n:r*k/steps for n,r in asked.items()}, round_to)
         if keep == widths(model): continue
-        net = trainable(model)
-        if importance == 'taylor': add_gradients(net, batches)
-        c = cut(net.cpu(), keep, get_importance(importance, seed+k-1))
-        with torch.no_grad(): model,cfg = carve(model, cfg, c, keep)
-        trail.append(dict(kept=c.kept))
+        model,cfg,kept = narrow(model, cfg, keep, importance, batches, seed+k-1)
+        trail.append(dict(kept=kept))
         if tune: tune(model, cfg, k)
-    report = _report(whole_cfg, cfg, now, widths(model), asked, ratio, importance, round_to, voxels)
+    report = report_of(whole_cfg, cfg, now, widths(model), asked, ratio, importance, round_to, voxels)
     return model.eval(), cfg, PruneReport(**report, steps=trail, dropped=[d for s in trail for d in s.get('drop', ())], made_from=weights_digest(whole))
 
 # %% ../../nbs/optimize/05_shrink.ipynb #d2c94de2
@@ -104,7 +102,7 @@ def save_pruned(
     folder = Path(folder)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise os_error(e, f'make the folder {folder}') from e
-    with atomic_path(folder/'weights.pth') as p: torch.save(dict(state_dict={k:v.detach().cpu() for k,v in model.state_dict().items()}), p)
+    write_checkpoint(dict(state_dict={k:v.detach().cpu() for k,v in model.state_dict().items()}), folder/'weights.pth')
     write_json(cfg.to_dict() if hasattr(cfg, 'to_dict') else cfg, folder/'config.json')
     write_json(report, folder/'prune.json')
 

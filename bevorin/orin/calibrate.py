@@ -107,21 +107,11 @@ def least_squares(
     residual,         # {name: value} -> array
     start:dict,
     pull:float=.05,   # to the start
-    steps:int=60,
 )->dict:
     "The positive parameters with the least squared residual; all are pulled a little to their start."
     names,x0 = list(start),np.log(list(start.values()))
     full = lambda x: np.r_[residual(dict(zip(names, np.exp(x)))), pull*(x-x0)]
-    x,damp = x0.copy(),1e-2
-    r = full(x)
-    for _ in range(steps):
-        J = np.stack([(full(x+1e-5*e)-r)/1e-5 for e in np.eye(len(x))], 1)
-        d = np.linalg.solve(J.T@J+damp*np.eye(len(x)), -J.T@r)
-        new = full(x+d)
-        if (gain := (r@r)-(new@new)) > 0: x,r,damp = x+d,new,damp/3
-        else: damp *= 4
-        if 0 < gain < 1e-10 or damp > 1e8: break
-    return dict(zip(names, np.exp(x).tolist()))
+    return dict(zip(names, np.exp(need('scipy.optimize', 'torch').least_squares(full, x0).x).tolist()))
 
 def _fit(rows, start):
     "Parameters of the rows of one device."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'PARAMETERS', 'VOXELIZE_MS', 'MEAN_VOXELS', 'work', 'gpu_times', 'dla_work', 'dla_times', 'harness',
            'parts_of', 'frame_facts', 'frame_of', 'Estimate', 'estimate', 'Modes', 'estimate_modes', 'estimate_frame',
-           'plot_roofline', 'plot_parts', 'Outlook', 'outlook']
+           'plot_roofline', 'plot_parts', 'outlook']
 
 # %% ../../nbs/orin/03_estimate.ipynb #39d381aa
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ..core import InputError,need,nearest,read_json
 from .layers import get_table,rescale,sparse_kernels
-from ..target import GATES,Module,RATES,DLA_RATE,bandwidth,budget,module,peaks
+from ..target import DLA_RATE,Module,RATES,Verdicts,bandwidth,judge,module,peaks
 
 # %% ../../nbs/orin/03_estimate.ipynb #dfece185
 PRECISIONS = ('tf32','fp16','int8','qdq','graph')
@@ -340,7 +340,7 @@ def estimate(
     graph,                  # what `parts_of` takes
     target='agx-orin-64gb', # a module, or its name
     mode='MAXN',            # a power mode of it; None for the one without caps
-    precision='fp16',       # one of `PRECISIONS`, or {pattern: precision}: of part or part/layer
+    precision='fp16',       # one of `PRECISIONS`, or {pattern: precision}: of part or part/layer; None: 'graph' where there are quantisers, else 'fp16'
     device='gpu',           # 'gpu', 'dla', or {pattern: device}
     batch:int=None,         # frames at once; by default as the graph has them
     driven='graph',         # see `harness`
@@ -353,10 +353,11 @@ def estimate(
     m = target if isinstance(target, Module) else module(target)
     o = m.modes[0] if mode is None or (mode == 'MAXN' and m.modes[0].name == 'MAXN_SUPER') else m.mode(mode)
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1): raise InputError(f'batch must be a whole number, 1 or more, not {batch!r}')
+    P,tables = parameters or PARAMETERS,parts_of(graph, sizes, voxels)
+    if precision is None: precision = 'graph' if any(t.get('quantized') for t in tables.values()) else 'fp16'
     _check_words(precision, 'precision', PRECISIONS)
     _check_words(device, 'device', ('gpu','dla'))
     if not m.dla and device != 'gpu' and 'dla' in (device if isinstance(device, str) else tuple(device.values())): raise InputError(f'{m.title} has no DLA')
-    P,tables = parameters or PARAMETERS,parts_of(graph, sizes, voxels)
     if not any(t['layers'] for t in tables.values()): raise InputError('there is no layer to predict the time of')
     for plan in (precision, device): _check_patterns(plan, tables)
     if precision == 'graph' and not any(t.get('quantized') for t in tables.values()): raise InputError("precision 'graph' needs a graph with quantisers (Q/DQ), and this one has none: give tf32, fp16 or int8")
@@ -399,7 +400,6 @@ def estimate_frame(
 )->Estimate:
     "Predict a frame of this project's model."
     tables = frame_of(graphs, voxels, lidar)
-    if precision is None: precision = 'graph' if any(t.get('quantized') for t in tables.values()) else 'fp16'
     extra = {**({'voxelize':VOXELIZE_MS} if 'lidar' in tables else {}), **(kw.pop('extra', None) or {})}
     return estimate(tables, precision=precision, extra=extra, **kw)
 
@@ -447,25 +447,9 @@ def plot_parts(
     return fig
 
 # %% ../../nbs/orin/03_estimate.ipynb #784a1fda
-class Outlook(list):
-    "What a prediction expects of each gate; a table in a notebook."
-    def __repr__(self): return '\n'.join(f"{r['gate']}: {r['outlook']}" for r in self)
-    def _repr_markdown_(self):
-        rows = [f"| {r['gate']} | {'<' if r['better'] == 'max' else '>'} {r['limit']:g} {r['unit']} | {r['value']:.4g} | {r['low']:.4g} to {r['high']:.4g} | {r['outlook']} |" for r in self]
-        return '\n'.join(['| gate | limit | predicted | interval | outlook |', '|---|---|--:|---|---|', *rows])
-
 def outlook(
     est,              # an `Estimate`
     of='minimum',     # what `target.budget` takes
-)->Outlook:
+)->Verdicts:
     "Each gate that a prediction speaks of: predicted pass, predicted fail, or too close to call."
-    b,res = budget(of),Outlook()
-    for k,f in est.figures().items():
-        limit = getattr(b, k)
-        if limit is None: continue
-        up = GATES[k][1] == 'max'
-        worst,best = (f['high'],f['low']) if up else (f['low'],f['high'])
-        good = lambda v: v < limit if up else v > limit
-        word = 'predicted pass' if good(worst) else 'too close to call' if good(best) else 'predicted fail'
-        res.append(dict(gate=k, better=GATES[k][1], limit=limit, unit=f['unit'], value=f['value'], low=f['low'], high=f['high'], outlook=word, on=f['on']))
-    return res
+    return Verdicts(r for r in judge(of, est.figures()) if r['kind'])

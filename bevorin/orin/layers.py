@@ -9,16 +9,14 @@ __all__ = ['COLUMNS', 'layer_table', 'write_table', 'read_table', 'rescale', 'sp
 import json,math,os
 from pathlib import Path
 from ..core import InputError,atomic_path,need,read_json
+from ..deploy.graph import read_graph
 
 # %% ../../nbs/orin/03a_layers.ipynb #36540060
 def _load(path, sizes):
     "The graph with its open dimensions bound, shapes inferred, and large weights as inputs."
     onnx = need('onnx', 'export')
-    try: model = onnx.load(str(path))
-    except OSError as e: raise InputError(f'cannot read {path}: {e.strerror}') from e
-    except Exception as e: raise InputError(f'{path} is not an ONNX graph') from e
+    model = read_graph(path)
     g,h = model.graph,onnx.helper
-    if not len(g.node): raise InputError(f'{path} holds no operator: is it an ONNX graph?')
     weights,small = {},[]
     for i in g.initializer:
         weights[i.name] = tuple(i.dims)
