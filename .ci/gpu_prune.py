@@ -4,10 +4,12 @@
     python .ci/gpu_prune.py --out prune.json --work /tmp/prune --seconds 280                 the same command goes on from there
 
 Every model is trained by a process of its own, spread over the GPUs, for a number of steps that is the same for all and found by a trial
-of some steps of all of them at once: `--seconds` of this command and `--left` of the next. The figures that the documentation shows are
-tests_data/measured/prune_demo.json. The streets are those of `bevorin synth`; no test street is in training, and nothing was chosen on them.
+of some steps of all of them at once: `--seconds` of this command and `--left` of the next. The processes share a GPU through CUDA's
+multi-process service where it is installed (one after another otherwise, which is several times slower). The figures that the documentation
+shows are tests_data/measured/prune_demo.json. The streets are those of `bevorin synth`; no test street is in training, and what was chosen
+was chosen on other streets, `dev`. The models of --keep are written beside --out.
 """
-import argparse,copy,json,os,shlex,signal,subprocess,sys,time
+import argparse,copy,json,os,shlex,shutil,signal,subprocess,sys,tarfile,time
 from multiprocessing import Pool,Process
 from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,9 +19,10 @@ from bevorin.core import read_json,write_json
 
 TD,VOXELS = ROOT/'tests_data',9000
 BUDGETS = {'20':dict(macs=.2), '32':dict(macs=.32), '44':dict(params=.45, macs=.44), '56':dict(macs=.56)}
-WORLDS = dict(train=dict(seed=50, version='v1.0-trainval'), test=dict(seed=40, version='v1.0-mini'))
-JOBS = {**{f'{b}_{i}':dict(budget=b, importance=i) for b in ('44','32','20','56') for i in ('taylor','l2','random')}, **{f'{b}_uniform':dict(budget=b, importance='taylor', uniform=True) for b in BUDGETS},
-        '44_frozen_norms':dict(budget='44', importance='taylor', frozen=True), 'whole':{}}
+WORLDS = dict(train=dict(seed=50, version='v1.0-trainval'), dev=dict(seed=60, version='v1.0-mini'), test=dict(seed=40, version='v1.0-mini'))
+TEACH = dict(heatmap=1., map_classes=.5, boxes=1.)
+JOBS = {**{f'{b}_{i}':dict(budget=b, importance=i, most=.5) for b in BUDGETS for i in ('taylor','l2','random')}, **{f'{b}_uniform':dict(budget=b, importance='taylor', uniform=True) for b in ('44','56')},
+        '44_most75':dict(budget='44', importance='taylor', most=.75), '44_most375':dict(budget='44', importance='taylor', most=.375), '44_map_alike':dict(budget='44', importance='taylor', most=.5, teach=dict(heatmap=1., map=1., boxes=1.)), 'whole':{}}
 
 def open_data(a, which):
     from bevorin.config import load_config
@@ -27,30 +30,31 @@ def open_data(a, which):
     cfg,nusc = load_config(TD/'configs/demo.yaml'),open_nuscenes(a.work/which)
     return cfg,nusc,NuScenesDataset(cfg, a.work/which, [s['name'] for s in nusc.scene], train=which == 'train', sweeps=4, nusc=nusc, progress=False)
 
-def plan(a, budget, uniform):
+def plan_file(a, job): return a.work/f"plan_{job['budget']}_{'uniform' if job.get('uniform') else job['most']}.json"
+
+def plan(a, job):
     "Ratios that reach a budget."
     import torch
     from bevorin.config import load_config
     from bevorin.model.bevfusion import build_model
-    from bevorin.optimize.complexity import complexity
     from bevorin.optimize.prune import reach
     from bevorin.optimize.sensitivity import Sensitivity,distribute
     torch.set_num_threads(1)
     cfg = load_config(TD/'configs/demo.yaml')
     model = build_model(cfg).eval()
-    how = reach(model, cfg, .3, BUDGETS[budget], voxels=VOXELS) if uniform else distribute(Sensitivity(read_json(a.sens)), model, cfg, BUDGETS[budget])
-    write_json(how, a.work/f"plan_{budget}{'_uniform' if uniform else ''}.json")
+    how = reach(model, cfg, .3, BUDGETS[job['budget']], voxels=VOXELS) if job.get('uniform') else distribute(Sensitivity(read_json(a.sens)), model, cfg, BUDGETS[job['budget']], most=job['most'])
+    write_json(how, plan_file(a, job))
 
 def make(a, jobs):
     "Ratios, streets and samples, once."
     from bevorin.data.synthetic import synth
-    plans = sorted({(j['budget'], bool(j.get('uniform'))) for j in map(JOBS.get, jobs) if j})
-    planning = [Process(target=plan, args=(a, *p)) for p in plans if not (a.work/f"plan_{p[0]}{'_uniform' if p[1] else ''}.json").is_file()]
+    plans = {plan_file(a, j):j for j in map(JOBS.get, jobs) if j}
+    planning = [Process(target=plan, args=(a, j)) for f,j in plans.items() if not f.is_file()]
     for p in planning: p.start()
     for k,w in WORLDS.items():
-        if not (a.work/k).is_dir(): synth(a.work/k, scenes=a.scenes if k == 'train' else a.test_scenes, **w, frames=20, image=(225,400), sweeps=4, steps=724, progress=False)
+        if not (a.work/k).is_dir(): synth(a.work/k, scenes=dict(train=a.scenes, dev=a.dev_scenes, test=a.test_scenes)[k], **w, frames=20, image=(225,400), sweeps=4, steps=724, progress=False)
         print(k, 'streets', round(time.time()-a.start), 's', flush=True)
-    for k,variants in (('train',a.variants), ('test',1)):
+    for k,variants in (('train',a.variants), ('dev',1), ('test',1)):
         folder,n = a.work/f'{k}_samples',len(open_data(a, k)[2])*variants
         if folder.is_dir(): continue
         tmp = a.work/f'{k}_samples.part'
@@ -98,50 +102,59 @@ def child(a):
     if not job: net,net_cfg,report = copy.deepcopy(base),cfg,None
     elif (folder/'pruned/prune.json').is_file(): net,net_cfg,report = load_pruned(folder/'pruned')
     else:
-        ratio = read_json(a.work/f"plan_{job['budget']}{'_uniform' if job.get('uniform') else ''}.json")
+        ratio = read_json(plan_file(a, job))
         net,net_cfg,report = shrink(base, cfg, ratio, job['importance'], voxels=VOXELS, batches=some(4) if job['importance'] == 'taylor' else None)
         measure_norms(net, some(6), progress=False)
         save_pruned(net, net_cfg, report, folder/'pruned')
         say('pruned', {k:v['less_percent'] for k,v in report.summary().items()})
     net.to(dev)
-    frozen = bool(job.get('frozen'))
-    settings = settings_from(net_cfg, epochs=1, amp='bf16' if dev.type == 'cuda' else None, ema=.99, **(dict(lr=5e-4, schedule='cosine', freeze_bn=True, warmup_steps=20) if frozen else dict(lr=1e-4)))
-    def go(model, steps, out): return fit(model, TrainLoader(Kept(a.work/'train_samples', steps*a.batch), a.batch, workers=2), net_cfg, out, settings, resume=True, extra_loss=distill(base, dict(heatmap=1., map=1., boxes=1.)), device=dev, log_every=10, save_every=10**6, progress=False)
+    settings = settings_from(net_cfg, epochs=1, amp='bf16' if dev.type == 'cuda' else None, ema=.99, lr=1e-4)
+    def go(model, steps, out): return fit(model, TrainLoader(Kept(a.work/'train_samples', steps*a.batch), a.batch, workers=2), net_cfg, out, settings, resume=True, extra_loss=distill(base, job.get('teach', TEACH)), device=dev, log_every=10, save_every=10**6, progress=False)
     if not (a.work/'steps').is_file():
         (folder/'ready').touch()
-        while len([*(a.work/'jobs').glob('*/ready')]) < a.jobs: time.sleep(.2)    # a trial of some alone would promise too much
+        while not (a.work/'go').is_file(): time.sleep(.2)    # a trial of some alone would promise too much
         probe = folder/f'probe{os.getpid()}'
         go(copy.deepcopy(net), a.probe, probe)
-        write_json(float(np.median(read_log(probe)['seconds'])), folder/'probe.json')
+        write_json(float(np.mean(read_log(probe)['seconds'][1:])), folder/'probe.json')
         while not (a.work/'steps').is_file(): time.sleep(.2)
     steps = int((a.work/'steps').read_text())
     out = go(net, steps, folder/'run')
     net = build_model(net_cfg); net.load_state_dict(torch.load(out['model'], map_location='cpu', weights_only=True)['state_dict'], strict=True)
     say('trained', steps)
-    _,nusc,data = open_data(a, 'test')
-    test = Kept(a.work/'test_samples')
-    def score(m):
-        r = evaluate(TorchPredictor(m.eval(), dev), [as_is([test[i] for i in range(j, min(j+5, len(test)))]) for j in range(0, len(test), 5)], nusc, progress=False)
+    if report: save_pruned(net, net_cfg, report, folder/'tuned')
+    def score(m, k):
+        nusc,kept = open_data(a, k)[1],Kept(a.work/f'{k}_samples')
+        r = evaluate(TorchPredictor(m.eval(), dev), [as_is([kept[i] for i in range(j, min(j+5, len(kept)))]) for j in range(0, len(kept), 5)], nusc, progress=False)
         return {**{k:round(100*r.headline[k], 2) for k in ('mAP','NDS','mIoU')}, 'classes':{'AP':{k:round(100*v['AP'], 1) for k,v in r['detection']['classes'].items() if v.get('AP') is not None}, 'IoU':{k:round(100*v['IoU'], 1) for k,v in r['segmentation']['classes'].items()}}}
-    res.update(steps=steps, samples=steps*a.batch, test_frames=len(test), loss=float(np.mean(read_log(folder/'run')['loss'][-5:])), **({k:v for k,v in report.summary().items()} if report else {}), **({'ratio':report['ratio']} if report else {}), tuned=score(net))
-    if not job: res['as_shipped'] = score(base)
+    res.update(steps=steps, samples=steps*a.batch, loss=float(np.mean(read_log(folder/'run')['loss'][-5:])), **({k:v for k,v in report.summary().items()} if report else {}), tuned=score(net, 'test'), dev=score(net, 'dev'))
+    if not job: res.update(as_shipped=score(base, 'test'), as_shipped_dev=score(base, 'dev'))
     write_json(res, folder/'result.json')
-    say('mAP', res['tuned']['mAP'], 'mIoU', res['tuned']['mIoU'])
+    say('dev mAP', res['dev']['mAP'], 'mIoU', res['dev']['mIoU'], 'test mAP', res['tuned']['mAP'], 'mIoU', res['tuned']['mIoU'])
+
+def share_gpus():
+    "Start CUDA's multi-process service; whether it is there."
+    if not (tool := shutil.which('nvidia-cuda-mps-control') or next((str(f) for f in Path('/usr/local/nvidia').rglob('nvidia-cuda-mps-control')), None)): return False
+    os.environ.update(CUDA_MPS_PIPE_DIRECTORY='/tmp/mps', CUDA_MPS_LOG_DIRECTORY='/tmp/mps')
+    Path('/tmp/mps').mkdir(exist_ok=True)
+    return subprocess.run([tool, '-d']).returncode == 0
 
 def parent(a):
     from bevorin.optimize.profile import hardware,versions
     import torch
     jobs = [j for j in JOBS if not a.only or j in a.only]
     make(a, jobs)
+    mps = a.device == 'cuda' and a.mps and share_gpus()
     todo = [j for j in jobs if not (a.work/'jobs'/j/'result.json').is_file()]
     gpus = torch.cuda.device_count() if a.device == 'cuda' else 0
-    cmd = lambda i,j: [sys.executable, __file__, '--child', j, '--device', f'cuda:{i%gpus}' if gpus else 'cpu', '--work', str(a.work), '--sens', str(a.sens), '--batch', str(a.batch), '--probe', str(a.probe), '--out', str(a.out), '--start', str(a.start), '--jobs', str(len(todo))]
+    cmd = lambda i,j: [sys.executable, __file__, '--child', j, '--device', f'cuda:{i%gpus}' if gpus else 'cpu', '--work', str(a.work), '--sens', str(a.sens), '--batch', str(a.batch), '--probe', str(a.probe), '--out', str(a.out), '--start', str(a.start)]
     running = {j:subprocess.Popen(cmd(i, j), stderr=open(a.work/f'{j}.err', 'w')) for i,j in enumerate(todo)}
     end,tail = a.start+a.seconds,a.tail
     while any(p.poll() is None for p in running.values()) and time.time() < end-8:
+        alive = sum(p.poll() is None for p in running.values())
+        if not (a.work/'go').is_file() and len([*(a.work/'jobs').glob('*/ready')]) >= alive: (a.work/'go').touch()
         if not (a.work/'steps').is_file():
             seconds = [read_json(f) for j in running for f in [a.work/'jobs'/j/'probe.json'] if f.is_file()]
-            if len(seconds) == sum(p.poll() is None for p in running.values()) and seconds:
+            if len(seconds) >= alive and seconds:
                 n = a.steps or int((end-time.time()-12 + max(0, a.left-30) - tail)/float(np.max(seconds)))
                 (a.work/'steps').write_text(str(n)); print('steps', n, 'seconds a step', float(np.median(seconds)), round(time.time()-a.start), 's', flush=True)
         time.sleep(.5)
@@ -151,21 +164,25 @@ def parent(a):
         try: p.wait(max(1, end+6-time.time()))
         except subprocess.TimeoutExpired: p.kill()
         if p.returncode: print(j, 'ended with', p.returncode, (a.work/f'{j}.err').read_text()[-600:], flush=True)
+    if mps: subprocess.run('echo quit | nvidia-cuda-mps-control', shell=True)
+    plans = {f.stem.removeprefix('plan_'):r if 'uniform' not in f.stem else max(r.values()) for f in sorted({plan_file(a, JOBS[j]) for j in jobs if JOBS[j]}) for r in [read_json(f)]}
     found = {j:read_json(f) for j in jobs for f in [a.work/'jobs'/j/'result.json'] if f.is_file()}
-    write_json(dict(what='the demo model pruned, fine-tuned and evaluated on held-out synthetic streets', kind='measured', date=time.strftime('%Y-%m-%d', time.gmtime()), hardware=dict(hardware(torch.device('cuda:0' if gpus else 'cpu')), gpus=gpus), versions=versions(),
-        command=shlex.join(['python','.ci/gpu_prune.py','--scenes',str(a.scenes),'--batch',str(a.batch),'--seconds',f'{a.seconds:g}','--left',f'{a.left:g}']), voxels=VOXELS, budgets=BUDGETS, worlds=WORLDS, scenes=a.scenes, test_scenes=a.test_scenes, variants=a.variants, batch=a.batch,
-        training='bf16, one cycle from lr 1e-4, batch norms trained, EMA 0.99, the unpruned model teaches (heatmap, map, boxes: 1); frozen_norms: cosine from lr 5e-4', jobs=found), a.out)
+    write_json(dict(what='the demo model pruned, fine-tuned and evaluated on held-out synthetic streets', kind='measured', date=time.strftime('%Y-%m-%d', time.gmtime()), hardware=dict(hardware(torch.device('cuda:0' if gpus else 'cpu')), gpus=gpus, shared='multi-process service' if mps else 'in turns'), versions=versions(),
+        command=shlex.join(['python','.ci/gpu_prune.py','--scenes',str(a.scenes),'--batch',str(a.batch),'--seconds',f'{a.seconds:g}','--left',f'{a.left:g}']), voxels=VOXELS, budgets=BUDGETS, worlds=WORLDS, scenes=a.scenes, dev_scenes=a.dev_scenes, test_scenes=a.test_scenes, variants=a.variants, batch=a.batch,
+        training='bf16, one cycle from lr 1e-4, batch norms trained, EMA 0.99; the unpruned model teaches', teach=TEACH, plans=plans, jobs=found), a.out)
+    for j in set(a.keep) & set(found):
+        with tarfile.open(a.out.parent/f'{j}.tar', 'w') as t: t.add(a.work/'jobs'/j/'tuned', j)
     print(len(found), 'of', len(jobs), 'done', round(time.time()-a.start), 's', flush=True)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--out', type=Path, default='prune.json'); ap.add_argument('--work', type=Path, default='/tmp/prune'); ap.add_argument('--sens', type=Path, default=TD/'measured/sensitivity_demo.json')
-    for k,v,h in (('seconds',560,'of this command'),('left',0,'of a second one that goes on'),('tail',75,'kept for the evaluation'),('start',0,argparse.SUPPRESS), ('jobs',0,argparse.SUPPRESS)): ap.add_argument(f'--{k}', type=float, default=v, help=h)
-    for k,v,h in (('scenes',120,'streets to train on'), ('test-scenes',10,'streets to test on, 20 frames each'),('variants',2,'of each sample, augmented'),('batch',16,''),('probe',12,'steps of the trial'),('steps',0,'train so long, without a trial')): ap.add_argument(f'--{k}', type=int, default=v, help=h)
-    ap.add_argument('--device', default='cuda'); ap.add_argument('--child', help=argparse.SUPPRESS); ap.add_argument('--only', nargs='+')
+    for k,v,h in (('seconds',560,'of this command'),('left',0,'of a second one that goes on'),('tail',75,'kept for the evaluation'),('start',0,argparse.SUPPRESS)): ap.add_argument(f'--{k}', type=float, default=v, help=h)
+    for k,v,h in (('scenes',120,'streets to train on'), ('dev-scenes',5,'streets to choose on, 20 frames each'), ('test-scenes',10,'streets to test on, 20 frames each'),('variants',2,'of each sample, augmented'),('batch',16,''),('probe',24,'steps of the trial'),('steps',0,'train so long, without a trial')): ap.add_argument(f'--{k}', type=int, default=v, help=h)
+    ap.add_argument('--device', default='cuda'); ap.add_argument('--child', help=argparse.SUPPRESS); ap.add_argument('--only', nargs='+'); ap.add_argument('--keep', nargs='+', default=[]); ap.add_argument('--mps', type=int, default=1, help='0: take turns on a GPU')
     a = ap.parse_args()
     a.start = a.start or time.time()
-    a.work.mkdir(parents=True, exist_ok=True)
+    for d in (a.work, a.out.parent): d.mkdir(parents=True, exist_ok=True)
     child(a) if a.child else parent(a)
 
 if __name__ == '__main__': main()

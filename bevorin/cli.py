@@ -465,6 +465,7 @@ def prune(
     ratio:Param("share of the channels to take away: 0.3, or PATTERN=0.3 …; scaled where there is a target; by default 0.3", str, nargs='+')=None,
     target:Param("savings to reach: params=0.45 macs=0.44 dense_macs=0.44", str, nargs='+')=None,
     sensitivity:str=None,     # JSON of `bevorin sensitivity`: distribute the target by it, in place of ratios
+    most:float=.375,          # with --sensitivity: share of a group's channels that may go
     drop:Param("blocks and layers that go first, with wildcards", str, nargs='+')=None,
     importance:str='l2',      # l1, l2, taylor, median, lamp or random
     round_to:int=8,           # channels are kept in multiples of it
@@ -493,7 +494,7 @@ def prune(
     load_checkpoint(model, checkpoint)
     some = _some(cfg, data, split, frames, sweeps) if data else None
     if sens and voxels is None: voxels = sens.get('voxels')
-    small,small_cfg,report = shrink(model.to(device), cfg, None if sens else _shares(ratio, 'ratio') or .3, importance, round_to, some, voxels, 0, _shares(target, 'target'), drop or (), sens)
+    small,small_cfg,report = shrink(model.to(device), cfg, None if sens else _shares(ratio, 'ratio') or .3, importance, round_to, some, voxels, 0, _shares(target, 'target'), drop or (), sens, most=most)
     if some: measure_norms(small, some, sys.stderr.isatty())
     save_pruned(small, small_cfg, report, out)
     if plot: save(report.plot(), plot)

@@ -153,7 +153,7 @@ def prune(job):
     def tune(net, net_cfg, k):
         if s['norm_frames']: measure_norms(net, some(s['norm_frames']), job.progress)
         if k < s['steps']: net.load_state_dict(_trained(job, net, net_cfg, model, dict(s['tune'], device=s['device']), job.work/f'step{k}')[0])
-    pruned,cfg,report = shrink(model, cfg, None if sens else s['ratio'], s['importance'], s['round_to'], frames, voxels, s['seed'], s['target'], s['drop'], sens, s['steps'], tune)
+    pruned,cfg,report = shrink(model, cfg, None if sens else s['ratio'], s['importance'], s['round_to'], frames, voxels, s['seed'], s['target'], s['drop'], sens, s['steps'], tune, s['most'])
     save_pruned(pruned, cfg, report, job.folder)
     _,metrics = cost(job, cfg, points)
     after = metrics['parameters']['value']

@@ -64,6 +64,7 @@ KNOBS = {   # knob -> (kind, default, what it is)
     'prune.target':(table|none, None, 'scale the ratios until so much has gone: {params: 0.45, dense_macs: 0.44}; null: the ratios as they are'),
     'prune.by':(one_of('ratio','sensitivity'), 'ratio', 'sensitivity: ratios are found for the target by what each group is worth, in place of prune.ratio'),
     'prune.sensitivity_frames':(whole(1), 4, 'of data.train, evenly spread, on which that is measured'),
+    'prune.most':(between(0, 1), .375, 'with by: sensitivity: share of a group\'s channels that may go'),
     'prune.drop':(texts, [], 'blocks and layers that go first, with wildcards'),
     'prune.steps':(whole(1), 1, 'cuts, each of a part of the channels; between them the model is trained as in finetune'),
     'prune.step_epochs':(whole(1), 1, 'times through data.train between two cuts'),
@@ -74,7 +75,7 @@ KNOBS = {   # knob -> (kind, default, what it is)
     'finetune.epochs':(whole(1), 1, 'times through data.train'),
     'finetune.batch':(whole(1), 4, 'samples a step'),
     'finetune.settings':(table, {}, 'of train.optim.TrainSettings, in place of those of the config'),
-    'finetune.distill':(table|none, None, 'weights of the terms (heatmap, map, boxes) by which the unpruned model teaches; null: none'),
+    'finetune.distill':(table|none, None, 'weights of the terms (heatmap, map, map_classes, boxes) by which the unpruned model teaches; null: none'),
     'finetune.save_every':(whole(0), 0, 'steps between checkpoints; 0: one an epoch'),
     'quantize.backend':(one_of('modelopt','pytorch_quantization'), 'modelopt', 'the library that calibrates'),
     'quantize.frames':(whole(1), 16, 'of data.train, evenly spread, for calibration'),
@@ -128,7 +129,7 @@ def _unknown(tree, where, inside=''):
         full = f'{inside}{k}'
         if full in KNOBS: continue
         if full not in _sections():
-            near = difflib.get_close_matches(full, [*KNOBS, *_sections()], 3, .6)
+            near = difflib.get_close_matches(full, [*KNOBS, *_sections()], 3, .75)
             here = [n[len(inside):] for n in [*KNOBS, *_sections()] if n.startswith(inside) and '.' not in n[len(inside):]]
             raise InputError(f"{where}: no knob {full}"+(f"; did you mean {' or '.join(near)}?" if near else f"; there {'are' if len(here) > 1 else 'is'} {', '.join(here)}"))
         if v is None: continue

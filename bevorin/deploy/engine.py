@@ -7,9 +7,9 @@ __all__ = ['Api', 'api', 'rtx', 'parse', 'input_axes', 'layer_types', 'inspect_l
            'build_engine', 'build_engines', 'build_rtx', 'TensorrtEngine']
 
 # %% ../../nbs/deploy/03_engine.ipynb #e5d01857
-import datetime,fnmatch,functools,hashlib,json,re,tempfile,threading
+import ctypes,datetime,fnmatch,functools,hashlib,json,re,tempfile,threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack,contextmanager
 from pathlib import Path
 import numpy as np
 from ..core import InputError,atomic_path,check_writable,file_digest,need,os_error,read_json,write_json
@@ -416,19 +416,40 @@ class TensorrtEngine(Engine):
         feeds:dict,           # as for `run`
         runs:int=200,
         warmup:int=20,        # runs before, not timed
+        graph:bool=False,     # as a CUDA graph: the host starts all kernels with one call
+        driver=None,          # the CUDA driver's library; by default libcuda.so.1
     )->np.ndarray:
         "Milliseconds on the GPU of each run, by CUDA events; copies from and to the host are left out."
-        feeds,event = self.check(feeds),self.cuda.Event
-        with self._current():
+        feeds,event,launch = self.check(feeds),self.cuda.Event,self._launch
+        with self._current(), ExitStack() as stack:
             self._send(feeds)
+            self._launch()
+            self.stream.synchronize()
+            if graph: launch = stack.enter_context(_captured(self.stream, self._launch, self.name, driver))
             pairs = [(event(),event()) for _ in range(runs)]
-            for _ in range(warmup): self._launch()
-            for a,b in pairs: a.record(self.stream); self._launch(); b.record(self.stream)
+            for _ in range(warmup): launch()
+            for a,b in pairs: a.record(self.stream); launch(); b.record(self.stream)
             self.stream.synchronize()
             return np.array([a.time_till(b) for a,b in pairs])
 
     def close(self):
         with self._current(): self.buffers,self.context,self.stream,self.engine,self.runtime = {},None,None,None,None
+
+@contextmanager
+def _captured(stream, launch, name, driver=None):
+    "What `launch` puts on the stream, as a CUDA graph that a call starts; by the driver itself, since pycuda knows no graphs."
+    lib,on,graph,ready = driver or ctypes.CDLL('libcuda.so.1'),ctypes.c_void_p(int(stream.handle)),ctypes.c_void_p(),ctypes.c_void_p()
+    def do(f, *args):
+        status = getattr(lib, f)(*args)
+        if status: raise InputError(f'{name} cannot run as a CUDA graph: {f} gave the status {status}')
+    do('cuStreamBeginCapture_v2', on, 1)
+    try: launch()
+    finally: ended = lib.cuStreamEndCapture(on, ctypes.byref(graph))
+    if ended: raise InputError(f'{name} cannot run as a CUDA graph: its capture gave the status {ended}')
+    try: do('cuGraphInstantiateWithFlags', ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+    finally: lib.cuGraphDestroy(graph)
+    try: yield lambda: do('cuGraphLaunch', ready, on)
+    finally: lib.cuGraphExecDestroy(ready)
 
 def _own_record(path):
     record = record_of(path)

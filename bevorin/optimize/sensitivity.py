@@ -265,14 +265,14 @@ def plot(self:Sensitivity):
     return fig
 
 # %% ../../nbs/optimize/04_sensitivity.ipynb #5983883d
-def _curves(sens, have):
+def _curves(sens, have, most=1.):
     "Per group: ratios from 0 on in small steps, with damage and savings of each."
     res,keys = {},('damage',*_keys(sens['voxels']))
     for g in dict.fromkeys(p['group'] for p in sens['points']):
         if g in have: continue
         ps = sorted((p for p in sens['points'] if p['group'] == g), key=lambda p: p['ratio'])
         r = np.array([0., *(p['ratio'] for p in ps)])
-        fine = np.linspace(0, r[-1], 33)
+        fine = np.linspace(0, min(r[-1], most), 33)
         res[g] = dict(ratio=fine, **{k:np.interp(fine, r, [0., *(max(0., p[k]) for p in ps)]) for k in keys})
     return res
 
@@ -283,9 +283,11 @@ def distribute(
     target:dict,          # `params`, `dense_macs`, `macs`: the share to take away, of each at least
     round_to:int=8,
     full:dict=None,       # what the shares are of, where some of the model has gone before: `complexity(…).total`
+    most:float=.375,      # share of a group's channels that may go
 )->dict:
     "Ratios by group, for `prune`, that reach the target with the least damage."
-    voxels,now,curves = sens['voxels'],widths(model),_curves(sens, units(model))
+    if not 0 < most <= 1: raise InputError(f'most is {most}: it is the share of a group that may go, above 0 and up to 1')
+    voxels,now,curves = sens['voxels'],widths(model),_curves(sens, units(model), most)
     check_target(target, voxels)
     if not curves: raise InputError('the sensitivity holds no group of widths to distribute over')
     full,seen = full or complexity(cfg, voxels).total,{}
@@ -296,9 +298,9 @@ def distribute(
     enough = lambda ratios: all(v >= target[k] for k,v in gone(ratios).items())
     found = [_priced(curves, w, enough) for w in _weights(target)]
     if not (found := [f for f in found if f]):
-        most = gone({g:float(c['ratio'][-1]) for g,c in curves.items()})
-        k = next((k for k in target if most[k] < target[k]), next(iter(target)))
-        raise InputError(f'the target of {target[k]:.1%} fewer {k} cannot be reached: with every group at the largest measured ratio {most[k]:.1%} go')
+        end = gone({g:float(c['ratio'][-1]) for g,c in curves.items()})
+        k = next((k for k in target if end[k] < target[k]), next(iter(target)))
+        raise InputError(f"the target of {target[k]:.1%} fewer {k} cannot be reached: with every group at the largest measured ratio{f', {most:g} at most,' if most < 1 else ''} {end[k]:.1%} go")
     return min(found, key=lambda r: sum(c['damage'][_at(c, r.get(g, 0))] for g,c in curves.items()))
 
 def _at(curve, ratio): return int(np.searchsorted(curve['ratio'], ratio-1e-6))

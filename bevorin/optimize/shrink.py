@@ -35,6 +35,7 @@ def shrink(
     sens=None,            # of `sensitivity`, in place of `ratio`
     steps:int=1,          # cuts
     tune=None,            # a function of the pruned model, its config and the number of the cut, that trains it
+    most:float=.375,      # with `sens`: share of a group's channels that may go
 ):
     "The smaller model in eval mode, its config, and a report."
     if steps < 1: raise InputError(f'steps is {steps}: at least one cut is needed')
@@ -45,7 +46,7 @@ def shrink(
     if drop:
         trail.append(dict(drop=[u.name for u in chosen(model, drop)]))
         model,cfg = without(model, cfg, drop)
-    if sens is not None: ratio = distribute(sens, model, cfg, target, round_to, full)
+    if sens is not None: ratio = distribute(sens, model, cfg, target, round_to, full, most)
     elif target: ratio = reach(model, cfg, ratio, target, round_to, voxels=voxels, full=full)
     now = widths(model)
     asked = ratios_for(now, ratio)

@@ -352,11 +352,11 @@ def _same_proposals(raw, teacher, n):
 
 def distill(
     teacher,              # a model like the one in training
-    weights:dict,         # of `heatmap`, `map`, `boxes`: those to use
+    weights:dict,         # of `heatmap`, `map`, `map_classes`, `boxes`: those to use
 ):
     "A function `(model, raw, batch)` that gives the weighted terms."
-    wrong = set(weights)-{'heatmap','map','boxes'}
-    if wrong: raise InputError(f"distill: no term {', '.join(sorted(wrong))}; there are heatmap, map and boxes")
+    wrong = set(weights)-{'heatmap','map','map_classes','boxes'}
+    if wrong: raise InputError(f"distill: no term {', '.join(sorted(wrong))}; there are heatmap, map, map_classes and boxes")
     teacher.eval().requires_grad_(False)
     def f(model, raw, batch):
         teacher.to(next(model.parameters()).device)
@@ -368,6 +368,8 @@ def distill(
         if 'object' in raw and 'boxes' in weights:
             a,b = _same_proposals(raw['object'], said['object'], model.heads['object'].num_proposals)
             res['boxes'] = (a-b).abs().sum()/max(a.numel(), 1)
-        if 'map' in raw and 'map' in weights: res['map'] = divergence(raw['map'], said['map']).mean((0,2,3)).sum()
+        if 'map' in raw and {'map','map_classes'} & set(weights):
+            per_class,share = divergence(raw['map'], said['map']).mean((0,2,3)),said['map'].float().sigmoid().mean((0,2,3))
+            res.update({k:v for k,v in dict(map=per_class.sum(), map_classes=(per_class/share.clamp(min=1e-3)).sum()).items() if k in weights})
         return {f'distill/{k}':weights[k]*v for k,v in res.items()}
     return f
