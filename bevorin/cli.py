@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'main', 'analyze', 'init_weights', 'infer', 'synth', 'train', 'evaluate', 'profile', 'sensitivity', 'prune',
-           'dla', 'estimate', 'run', 'monitor', 'runs']
+           'quantize', 'dla', 'build', 'inspect', 'compare', 'estimate', 'run', 'bench', 'calibrate_target', 'monitor',
+           'runs']
 
 # %% ../nbs/90_cli.ipynb #91d41f7e
 import importlib,io,os,sys
@@ -89,10 +90,13 @@ def analyze(
     json:str=None,            # write all figures to this file
     plot:str=None,            # write a plot to this file
     allow_partial:bool=False, # go on with a checkpoint that does not fit entirely
+    graphs:Param("its exported graphs (a folder that `bevorin run RECIPE --until export` made, or files named …camera, …lidar, …fusion): predict a frame on an Orin", str, nargs='+')=None,
+    target:str='agx-orin-64gb',   # module to predict for
+    mode:str='MAXN',          # its power mode
     set_:_set=None,
     import_:_import=None,
 ):
-    "Parameters, MACs, activations and weight sizes of a model, by module."
+    "Parameters, MACs, activations and weight sizes of a model, by module; with its graphs also predicted time and power."
     check_writable(json, plot)
     if depth < 1: raise InputError(f'--depth must be 1 or more, not {depth}')
     cfg = _config(config, set_, import_)
@@ -102,13 +106,35 @@ def analyze(
         from bevorin.data.keyframe import load_frame
         points = load_frame(frame).points
     c = complexity(cfg, voxels, points, checkpoint, allow_partial, cameras)
+    e = _predicted(cfg, c, graphs, voxels, points, target, mode) if graphs else None
     console = _console()
     console.print(c.table(depth, wide=console.width >= 140))
     if c.stats: console.print(_stats_table(c.stats))
-    if json: write_json(c.to_dict(max(depth, 3)), json)
+    if e: print(e); _print_outlook(e)
+    if json: write_json({**c.to_dict(max(depth, 3)), **({'predicted':e.to_dict(layers=False)} if e else {})}, json)
     if plot:
         from bevorin.data.picture import save
         save(c.plot(), plot)
+
+def _predicted(cfg, c, graphs, voxels, points, target, mode):
+    "The prediction for graphs of this model."
+    from bevorin.orin.estimate import MEAN_VOXELS,estimate_frame,parts_of
+    files = graphs[0] if len(graphs) == 1 and Path(graphs[0]).is_dir() else {}
+    for g in [] if files else graphs:
+        part = next((k for k in ('camera','lidar','fusion') if Path(g).stem.endswith(k)), None)
+        if part is None or part in files: raise InputError(f'--graphs {g}: give one folder with a spec.json, or a file for each graph, named …camera, …lidar, …fusion')
+        files[part] = g
+    if points is not None and 'lidar' in cfg.model.encoders and not voxels:
+        from bevorin.model.voxelize import count_voxels
+        v = cfg.model.encoders.lidar.voxelize
+        voxels = int(count_voxels(need('torch').from_numpy(points), v.voxel_size, v.point_cloud_range))
+    got,said = sum(t['gmac'] for k,t in parts_of(files, voxels=voxels).items() if k != 'lidar'),c.to_dict(1)['total']['dense_macs']/1e9
+    if abs(got/said-1) > .15: raise InputError(f"--graphs: {' '.join(graphs)} compute {got:.4g} GMAC without the sparse encoder, this model {said:.4g}: they are not its graphs")
+    return estimate_frame(files, voxels or MEAN_VOXELS, target=target, mode=mode)
+
+def _print_outlook(e, budget='minimum'):
+    from bevorin.orin.estimate import outlook
+    for r in outlook(e, budget): print(f"  {r['gate']} {'<' if r['better'] == 'max' else '>'} {r['limit']:g} {r['unit']}: {r['outlook']}, {r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})")
 
 def _stats_table(stats, n=12):
     "The layers that INT8 will hurt most."
@@ -502,6 +528,73 @@ def prune(
     if report['unpruned']: print(f"{len(report['unpruned'])} of {len(report['widths'])} widths stay as they are: prune.json says why")
     print(f'pruned model: {out}'+('' if some else '; its batch norms were not measured anew: give --data'))
 
+# %% ../nbs/90_cli.ipynb #a661aaa2
+@command('bevorin quantize config.yaml --checkpoint model.pt --data nuscenes --out int8 --calibrator mse --frames 32')
+def quantize(
+    config:str,               # MIT YAML file, or a resolved JSON
+    checkpoint:Param("the model's weights", str, required=True)=None,
+    data:Param("the dataset's folder", str, required=True)=None,
+    out:Param('folder for config.json, quantized.pth and quantize.json', str, required=True)=None,
+    method:str='ptq',         # ptq: ranges from frames; qat: then train with the rounding in place
+    calibrator:str='entropy', # max, percentile, entropy or mse
+    backend:str=None,         # pytorch_quantization or modelopt; by default the first that is installed
+    split:str='train',        # the samples to calibrate and train on
+    frames:int=32,            # to calibrate on, evenly spread
+    sweeps:int=9,             # earlier sweeps
+    keep_fp16:Param("patterns of layers that stay in floating point, in place of the default list", str, nargs='+')=None,
+    budget:float=None,        # in place of a list: keep the fewest operations in floating point with which no more of boxes and map is lost, e.g. 0.02
+    voxels:int=None,          # of a frame, to count the sparse encoder's operations in that search
+    epochs:int=3,             # of qat
+    batch:int=4,              # samples a step of qat, over all processes
+    lr:float=1e-5,            # of qat
+    fixed_scales:bool=False,  # qat does not learn the scales
+    workers:int=2,            # processes that load data
+    device:str=None,          # cpu or cuda; by default a GPU if there is one
+    plot:str=None,            # write what each layer loses to this file
+    set_:_set=None,
+    import_:_import=None,
+):
+    "INT8: ranges, layers that stay in floating point, and training on."
+    check_writable(plot)
+    if method not in ('ptq','qat'): raise InputError(f'--method {method}: there are ptq and qat')
+    if keep_fp16 and budget is not None: raise InputError('--keep-fp16 and --budget: give one of them')
+    cfg = _config(config, set_, import_)
+    import torch
+    from bevorin.data.nuscenes import NuScenesDataset,open_nuscenes
+    from bevorin.data.picture import save
+    from bevorin.model.bevfusion import build_model,load_checkpoint
+    from bevorin.optimize.mixed import keep_float,layer_damage,search
+    from bevorin.optimize.qat import qat,qat_settings,weak_augmentation
+    from bevorin.optimize.quantize import layer_report,quantize as calibrate,rules,save_quantized
+    from bevorin.train.loop import TrainLoader
+    device,bar,out = device or ('cuda' if torch.cuda.is_available() else 'cpu'),sys.stderr.isatty(),Path(out)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise os_error(e, f'make the folder {out}') from e
+    model = build_model(cfg).eval()
+    load_checkpoint(model, checkpoint)
+    nusc = open_nuscenes(data)
+    some = _some(cfg, data, split, frames, sweeps, nusc)
+    settings = dict(method=calibrator, **({'keep':keep_fp16} if keep_fp16 else {'keep':[]} if budget is not None else {}))
+    small,recipe = calibrate(model.to(device), some, settings, backend, bar, out/'calibration.pt')
+    if budget is not None:
+        few = list(_some(cfg, data, split, min(frames, 8), sweeps, nusc))
+        mixed = search(small, layer_damage(small, cfg, few, voxels, out/'layers.jsonl', progress=bar), few, budget)
+        write_json(mixed, out/'mixed.json')
+        recipe = keep_float(small, recipe, mixed['keep'])
+        print(mixed)
+    if method == 'qat':
+        loader = TrainLoader(NuScenesDataset(weak_augmentation(cfg), data, split, train=True, sweeps=sweeps, nusc=nusc, progress=bar), batch, 0, workers)
+        recipe = qat(small, recipe, cfg, loader, out/'qat', model, qat_settings(cfg, epochs=epochs, lr=lr), not fixed_scales, resume=True, device=device, progress=bar)
+    save_quantized(small, recipe, out)
+    write_json(cfg.to_dict(), out/'config.json')
+    report = layer_report(small.to(device), [next(iter(some))])
+    write_json(report.to_dict(), out/'layers.json')
+    if plot: save(report.plot(), plot)
+    for r in rules(recipe): print(f"{r['rule']:45} {'' if r['layers'] is None else r['layers']:>4}  {r['in']:6} {r['why']}")
+    n = recipe['parameters']
+    print(f"{len(recipe['layers'])} layers, {100*n['int8']/sum(n.values()):.1f} % of the parameters in INT8; the worst: "+', '.join(f"{r['name']} {r['output_db']:.0f} dB" for r in report.worst(3)))
+    print(f'quantised model: {out}')
+
 # %% ../nbs/90_cli.ipynb #fb36554f
 @command('bevorin dla graphs/fusion.onnx --core 0 --json fusion.json --out pieces')
 def dla(
@@ -523,6 +616,139 @@ def dla(
     print(p.judgement)
     print(p)
 
+# %% ../nbs/90_cli.ipynb #d0294e43
+@command('bevorin build graphs --precision fp16 int8 --out engines   or   bevorin build fusion.clean.onnx --calibration fusion.cache --dla 0')
+def build(
+    graphs:Param('folders with spec.json, or .onnx files', str, nargs='+'),
+    out:str=None,             # folder for the engines; by default beside the graphs
+    precision:Param('beside FP32: fp16 int8, or fp32 for nothing else', str, nargs='+')=None,
+    dynamic:Param('lengths of free axes of an .onnx file: n1=1,4000,8000 …', str, nargs='+')=None,
+    calibration:str=None,     # INT8 without Q/DQ nodes: a calibration cache of the graph
+    dla:int=None,             # put the layers on this DLA core
+    workspace:int=None,       # MiB of scratch memory
+    level:int=None,           # optimisation level 0 to 5
+    timing_cache:str=None,    # a file that keeps kernel timings
+    keep_fp32:Param('layers that stay in FP32, with wildcards', str, nargs='+')=None,
+    rtx:str=None,             # with TensorRT-RTX for this GPU, e.g. SM86
+    force:bool=False,         # build even if nothing changed
+    json:str=None,            # write the records to this file
+):
+    "TensorRT engines of exported graphs."
+    check_writable(json)
+    from bevorin.deploy import engine as e
+    a = e.rtx() if rtx else e.api()
+    if calibration and (len(graphs) > 1 or Path(graphs[0]).is_dir()): raise InputError('--calibration is of one graph: build one .onnx file at a time with it')
+    kwargs = dict(precision=tuple(p for p in precision or ('fp16','int8') if p != 'fp32'), workspace=workspace and workspace<<20, level=level, timing_cache=timing_cache, keep_fp32=tuple(keep_fp32 or ()), force=force, capability=rtx, trt=a.trt, progress=sys.stderr.isatty())
+    free,records = _axes(dynamic),{}
+    for g in graphs:
+        if Path(g).is_dir(): records.update({f'{g}/{k}':r for k,r in e.build_engines(g, out, **kwargs).items()}); continue
+        plan = Path(out or Path(g).parent)/f'{Path(g).stem}.plan'
+        records[g] = e.build_engine(g, plan, dynamic=free, calibration=calibration, dla=dla, **kwargs)
+    for k,r in records.items():
+        print(f"{k}: {r['plan']}, {r['bytes']/1e6:.2f} MB, "+('stands already' if r['cached'] else f"built in {r['seconds']['build']:.1f} s")+f" by {r['builder']} for {r['gpu']}; {r['precision']['typing']}ly typed, "+(' and '.join(['fp32', *r['precision']['applied']]))+(f" ({r['precision']['note']})" if r['precision']['note'] else ''))
+    if json: write_json(records, json)
+
+def _axes(texts):
+    "`n1=1,4000,8000` as a table."
+    res = {}
+    for t in texts or ():
+        k,_,v = t.partition('=')
+        try: res[k] = [int(n) for n in v.split(',')]
+        except ValueError: raise InputError(f'--dynamic {t}: write NAME=smallest,usual,largest') from None
+    return res
+
+# %% ../nbs/90_cli.ipynb #8b1e9352
+@command('bevorin inspect engines/fusion.plan --feeds fusion.npz')
+def inspect(
+    engine:str,               # a .plan file
+    feeds:str=None,           # inputs of a frame (.npz): time each layer on this machine first
+    depth:int=2,              # parts of a name that make a module
+    json:str=None,            # write all of it to this file
+):
+    "Layers of an engine: precision, format, tactic, nodes of the graph, reformats, time."
+    check_writable(json)
+    from bevorin.deploy.inspect import inspect as look,time_layers
+    if feeds: time_layers(engine, _npz(feeds)[0])
+    i = look(engine, depth)
+    print(i)
+    if json: i.save(json)
+
+def _npz(path):
+    "Inputs of one frame from an .npz."
+    import numpy as np
+    try:
+        with np.load(path) as z: return [{k:z[k] for k in z.files}]
+    except OSError as e: raise os_error(e, f'read {path}') from e
+    except Exception as e: raise InputError(f'{path} is not an .npz of arrays') from e
+
+# %% ../nbs/90_cli.ipynb #dd0db51f
+@command('bevorin compare graphs/fp32 graphs/int8 --frame keyframe.json --html layers.html')
+def compare(
+    reference:str,            # a folder of graphs, an .onnx file, or a saved run
+    candidate:str,            # the same kind; with --engine tensorrt it is built from its graph
+    frame:str=None,           # of folders: keyframe.json
+    feeds:str=None,           # of .onnx files: inputs of a frame (.npz)
+    graph:str=None,           # of folders: this graph alone; of saved runs: the candidate's .onnx file
+    engine:str='onnxruntime', # what computes the candidate: onnxruntime or tensorrt
+    chunks:int=4,             # builds, each with every n-th tensor marked
+    repair:bool=False,        # find the shortest list of layers out of INT8 that repairs it
+    save:str=None,            # keep the runs as SAVE.GRAPH.reference and SAVE.GRAPH.candidate (.npz and .json)
+    html:str=None,            # write the page; of several graphs NAME.GRAPH.html
+    json:str=None,            # write all figures to this file
+):
+    "Where the error of an engine enters, layer by layer."
+    check_writable(json, html)
+    if engine not in ('onnxruntime','tensorrt'): raise InputError(f'--engine {engine!r} is not onnxruntime or tensorrt')
+    if chunks < 1: raise InputError(f'--chunks must be 1 or more, not {chunks}')
+    import tempfile
+    from bevorin.deploy import layers as l
+    from bevorin.deploy.dla import Net
+    if engine == 'tensorrt':
+        from bevorin.deploy.engine import api
+        api()
+    folders = Path(reference).is_dir() and Path(candidate).is_dir()
+    if folders: found,parts = _whole(reference, candidate, frame, graph)
+    elif reference.endswith('.onnx') and candidate.endswith('.onnx'):
+        if not feeds: raise InputError('--feeds: two .onnx files need the inputs of a frame, an .npz')
+        found,parts = {},{Path(candidate).stem:(reference, candidate, _npz(feeds))}
+    else:
+        if not graph: raise InputError(f'{reference} and {candidate} are neither two folders of graphs nor two .onnx files; of two saved runs (given without .json) --graph names the .onnx file of the second')
+        found,parts = {},{Path(graph).stem:(l.Run.load(reference.removesuffix('.json')), l.Run.load(candidate.removesuffix('.json')), graph)}
+    with tempfile.TemporaryDirectory() as d:
+        opens = l.trt_opens(d) if engine == 'tensorrt' else None
+        for k,(a,b,x) in parts.items():
+            page = html and str(Path(html).with_suffix(f'.{k}.html') if len(parts) > 1 else html)
+            saved = isinstance(a, l.Run)
+            runs = (a, b) if saved else (l.record(a, x, chunks), l.record(b, x, chunks, opens=opens))
+            if save and not saved:
+                for side,r in zip(('reference','candidate'), runs): r.save(f'{save}.{k}.{side}')
+            res = l.compare_runs(*runs, Net(x if saved else b))
+            if repair and not saved: res['repair'] = l.repair_int8(res, b, a, x, opens=opens)
+            print(f'{res}\n')
+            if 'repair' in res: print(f"shortest list out of INT8 for {res['repair']['goal_db']:.1f} dB at the ends of {k}: {', '.join(res['repair']['patterns']) or 'none is needed'}\n")
+            if page: l.page(res, page, f'{k}, layer by layer'); print(f'page: {page}')
+            found[k] = res
+    if json: write_json(found, json)
+
+def _whole(reference, candidate, frame, graph):
+    "Output by output of two folders, and what the reference feeds each graph."
+    if not frame: raise InputError('--frame: two folders of graphs are compared on a frame, a keyframe.json')
+    from bevorin.data.keyframe import load_frame
+    from bevorin.deploy.compare import compare as outputs
+    from bevorin.deploy.runtime import Detector
+    shot,trace = load_frame(frame),{}
+    dets = [Detector(f, 'onnxruntime') for f in (reference, candidate)]
+    names = list(dets[0].engines)
+    if graph and graph not in names: raise InputError(f"--graph {graph!r}: the folder has {', '.join(names)}")
+    for d in dets:
+        if d.has_camera: d.calibrate(shot.camera_intrinsics, shot.camera2lidar, shot.lidar2image)
+    data = [shot.image(i) for i in range(len(shot.camera_intrinsics))] if dets[0].has_camera else None,shot.points
+    dets[0].infer(*data, trace=trace)
+    res = outputs(*dets, [data])
+    print(f'{res}\n')
+    file = lambda det,k: str(det.folder/det.spec['graphs'][k]['file'])
+    return {'outputs':res},{k:(*(file(d, k) for d in dets), [trace[k]['feeds']]) for k in ([graph] if graph else names)}
+
 # %% ../nbs/90_cli.ipynb #f8e1e49b
 @command('bevorin estimate graphs --target agx-orin-64gb --mode 50W --json estimate.json --plot parts.png')
 def estimate(
@@ -534,6 +760,7 @@ def estimate(
     voxels:int=None,          # of a frame; by default the mean of nuScenes
     lidar:str='kernels',      # the sparse encoder by fused kernels, or graph: as the exported graph
     budget:str='minimum',     # minimum or ideal, for the gates
+    board:str=None,           # parameters of your own board, of `bevorin calibrate-target`
     layers:int=0,             # show so many of the slowest layers
     json:str=None,            # write all of it to this file
     plot:str=None,            # write the times of the parts to this file
@@ -545,13 +772,19 @@ def estimate(
     from bevorin.orin import estimate as o
     from bevorin.target import budget as limits,module
     modes,found = [m.name for m in module(target).modes] if mode == 'all' else [mode],{}
+    own = {}
+    if board:
+        from bevorin.orin.calibrate import read_board
+        own = dict(parameters=read_board(board, target))
     for g in graphs:
-        predict = (lambda **kw: o.estimate_frame(g, voxels or o.MEAN_VOXELS, lidar=lidar, **kw)) if Path(g).is_dir() else (lambda **kw: o.estimate(g, voxels=voxels, **kw))
+        predict = (lambda **kw: o.estimate_frame(g, voxels or o.MEAN_VOXELS, lidar=lidar, **own, **kw)) if Path(g).is_dir() else (lambda **kw: o.estimate(g, voxels=voxels, **own, **kw))
         for m in modes: found[' '.join([Path(g).name]*(len(graphs) > 1)+[m]*(len(modes) > 1)) or Path(g).name] = predict(target=target, mode=m, precision=precision, device=device)
     for k,e in found.items():
         print(f'{k}: {e}')
-        for r in o.outlook(e, budget): print(f"  {r['gate']} {'<' if r['better'] == 'max' else '>'} {r['limit']:g} {r['unit']}: {r['outlook']}, {r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})")
+        _print_outlook(e, budget)
         for r in sorted(e.layers, key=lambda r: -r['ms'])[:layers]: print(f"  {r['ms']:8.3f} ms  {r['device']} {r['precision']:5} bound by {r['bound']:8} {r['part']}/{r['name']}")
+    if len(modes) > 1:
+        for i,g in enumerate(graphs): print(f'{Path(g).name}\n{o.Modes(list(found.values())[i*len(modes):(i+1)*len(modes)])}')
     if json: write_json({k:e.to_dict() for k,e in found.items()}, json)
     if plot: save(o.plot_parts(found, {'budget':limits(budget).latency}), plot)
     if roofline: save(o.plot_roofline(e), roofline)
@@ -573,6 +806,46 @@ def run(
     except (KeyboardInterrupt,SystemExit): print('bevorin: the same command goes on from here', file=sys.stderr); raise
     page = folder/'report'/'report.html'
     print(f'report: {page}' if page.is_file() else f'run: {folder}')
+
+# %% ../nbs/90_cli.ipynb #ec9c9c30
+@command('bevorin bench graphs --frame keyframe.json --seconds 60 --idle 10 --engine-seconds 2 --json orin.json')
+def bench(
+    folder:str,               # exported graphs with their engines, or a bundle
+    frame:str=None,           # .npz or keyframe.json; by default the bundle's own
+    backend:str=None,         # onnxruntime or tensorrt; by default TensorRT if there are its engines
+    threads:int=None,         # of ONNX Runtime; by default one a core
+    frames:int=100,           # to time
+    warmup:int=10,            # to run first
+    seconds:float=None,       # go on past --frames until so many are over
+    deadline:float=None,      # ms; slower frames are counted
+    idle:float=0.,            # seconds of the idle board to record first
+    engine_seconds:float=0.,  # seconds for each engine alone
+    power:str='auto',         # auto, none, tegrastats, jtop, or nvml: the GPU alone, where there is no Jetson
+    json:str=None,            # write the result to this file
+    plot:str=None,            # write its picture to this file
+):
+    "Time a model on this machine, with power on a Jetson."
+    check_writable(json, plot)
+    from bevorin.orin.board import bench_files
+    if frame and Path(frame).suffix == '.json':
+        from bevorin.data.keyframe import load_frame
+        from bevorin.pipeline import sample_of
+        frame = sample_of(load_frame(frame))
+    bench_files(folder, frame, backend, threads, frames, warmup, deadline, idle, seconds, engine_seconds, power, json, plot)
+
+# %% ../nbs/90_cli.ipynb #124848b7
+@command('bevorin calibrate-target maxn.json 30w.json --graphs graphs int8/graphs --out board.json')
+def calibrate_target(
+    results:Param('results of `bevorin bench --engine-seconds 2 --json` on one kind of board', str, nargs='+'),
+    graphs:Param('folders of the graphs that were measured', str, nargs='+', required=True)=None,
+    out:str=None,             # write the parameters to this file
+):
+    "Fit the prediction to measurements of your own board."
+    check_writable(out)
+    from bevorin.orin.calibrate import calibrate_files
+    b = calibrate_files(results, graphs, out)
+    print(b)
+    for r in b['board']['rows']: print(f"  {r['network']:16} {r['precision']:6} {r['mode']:10} measured {r['measured_ms']:8.3f} ms, published parameters {r['before_ms']:8.3f}, this board {r['after_ms']:8.3f}")
 
 # %% ../nbs/90_cli.ipynb #56799954
 @command('bevorin monitor --csv watts.csv --port 9400   or   bevorin monitor --replay tegrastats.log --speed 10')

@@ -184,6 +184,23 @@ def finetune(job):
     job.says = f"{res['steps']} steps of {s['batch']} frames"
     return dict(steps=metric(res['steps'], '', 'counted'))
 
+def _fewest(job, model, recipe, cfg, frames):
+    "Take out of INT8 what the budget of damage does not bear."
+    from bevorin.optimize.mixed import keep_float,layer_damage,search
+    some = list(frames)
+    found = layer_damage(model, cfg, some, _voxels(model, _first_cloud(job, cfg)), job.work/'layers.jsonl', progress=job.progress)
+    mixed = search(model, found, some, job.settings['budget'])
+    write_json(mixed, job.folder/'mixed.json')
+    return keep_float(model, recipe, mixed['keep'])
+
+def _train_rounded(job, model, recipe, cfg, teacher):
+    "Train on with the rounding in place."
+    from bevorin.optimize.qat import qat,qat_settings,weak_augmentation
+    from bevorin.train.loop import TrainLoader
+    s = job.settings
+    loader = TrainLoader(dataset(job, weak_augmentation(cfg), 'train', train=True), s['batch'], s['seed'], job.options['workers'])
+    return qat(model, recipe, cfg, loader, job.work/'qat', teacher, qat_settings(cfg, epochs=s['epochs'], lr=s['lr'], seed=s['seed']), resume=True, device=s['device'], progress=job.progress)
+
 def quantize(job):
     "Stage `quantize`: ranges measured on frames, then fixed."
     from bevorin.data.nuscenes import Loader
@@ -192,8 +209,11 @@ def quantize(job):
     s = job.settings
     model,cfg = load_model(job, s['config'], s['weights'])
     frames = Loader(dataset(job, cfg, 'train', frames=s['frames']), workers=job.options['workers'])
-    options = {k:s[k] for k in ('method','percentile','stride','keep') if s[k] is not None}
-    model,recipe = calibrate(model.to(s['device']), frames, options, s['backend'], progress=job.progress)
+    options = {**{k:s[k] for k in ('method','percentile','stride','keep') if s[k] is not None}, **({} if s['budget'] is None else dict(keep=[]))}
+    plain,lib = model.to(s['device']),None if s['backend'] == 'auto' else s['backend']
+    model,recipe = calibrate(plain, frames, options, lib, progress=job.progress, state=job.work/'calibration.pt')
+    if s['budget'] is not None: recipe = _fewest(job, model, recipe, cfg, frames)
+    if s['epochs']: recipe = _train_rounded(job, model, recipe, cfg, plain)
     save_quantized(model, recipe, job.folder)
     write_json(cfg.to_dict(), job.folder/'config.json')
     n = recipe['parameters']

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'COLUMNS', 'GPU_START', 'DLA_START', 'read_measurements', 'table_of', 'least_squares', 'network',
            'leave_out', 'half_width', 'coverage', 'fit_power', 'check_ratios', 'Fit', 'calibrate', 'fit_sparse',
-           'plot_fit', 'Rows', 'worst', 'check', 'bench_rows', 'calibrate_board']
+           'plot_fit', 'Rows', 'worst', 'check', 'check_bench', 'bench_tables', 'bench_rows', 'Board',
+           'calibrate_board', 'read_board', 'calibrate_files']
 
 # %% ../../nbs/orin/03b_calibrate.ipynb #a66efc88
 import csv,math,re
@@ -14,7 +15,7 @@ import numpy as np
 from ..core import InputError,need,read_json,write_json
 from .layers import get_table,read_table,rescale,sparse_kernels
 from .estimate import PARAMETERS,estimate,dla_times,dla_work,gpu_times,harness,work
-from ..target import bandwidth,module,peaks
+from ..target import MODULES,bandwidth,module,peaks
 
 # %% ../../nbs/orin/03b_calibrate.ipynb #c9ad1bf0
 NETWORKS = {'ssd-mobilenet-v1':'ssd-mobilenet-v1', 'ssd-resnet34':'ssd-resnet34', 'resnet50-v1.5':'resnet50', 'resnet50 (torchvision)':'resnet50', 'retinanet-resnext50-32x4d':'retinanet-resnext50',
@@ -300,35 +301,131 @@ def check(
     return res
 
 # %% ../../nbs/orin/03b_calibrate.ipynb #98bc19de
+def _same(a, b, what, where):
+    if abs(a/b-1) > .03: raise InputError(f'{where}: {what} contradict each other ({a:.4g} and {b:.4g} ms): is one in another unit?')
+
+def _positive(d, k, where):
+    v = d.get(k) if isinstance(d, dict) else None
+    if isinstance(v, bool) or not isinstance(v, (int,float)) or not math.isfinite(v) or not v > 0: raise InputError(f'{where}: {k} must be a number above 0, not {v!r}')
+    return float(v)
+
+def check_bench(
+    b,                # what a file of `bevorin bench --json` holds
+    where='the result',
+):
+    "An `InputError` unless it is such a result, of an Orin, and agrees with itself."
+    if not isinstance(b, dict) or b.get('format') != 1 or not {'frame','parts','frame_ms','parts_ms','kind','on','hardware','engine'} <= set(b): raise InputError(f'{where} is not a result of bevorin bench (format 1)')
+    if b['kind'] != 'measured' or (b['hardware'] or {}).get('module') not in MODULES: raise InputError(f"{where}: {b['kind']} on {b['on']}: only what was measured on an Orin can be fitted to")
+    if not b.get('engines'): raise InputError(f'{where} does not time the engines alone: run bevorin bench with --engine-seconds 2')
+    mean = _positive(b['frame'], 'mean_ms', f'{where}: frame')
+    _same(mean, 1e3/_positive(b['frame'], 'fps', f'{where}: frame'), 'mean_ms and fps of the frame', where)
+    _same(mean, float(np.mean(b['frame_ms'])), 'mean_ms of the frame and the mean of frame_ms', where)
+    for k,p in b['parts'].items():
+        if _positive(p, 'mean_ms', f'{where}: {k}') > 1.03*mean: raise InputError(f"{where}: the part {k} takes {p['mean_ms']:.4g} ms and the whole frame {mean:.4g} ms, which contradict each other: is one in another unit?")
+        _same(p['mean_ms'], float(np.mean(b['parts_ms'].get(k) or [np.nan])), f'mean_ms of {k} and the mean of parts_ms', where)
+    for k,e in b['engines'].items():
+        ms,part = _positive(e, 'median_ms', f'{where}: the engine {k}'),_positive(b['parts'].get(k), 'mean_ms', f'{where}: {k}')
+        if not part/300 < ms < 1.5*part: raise InputError(f'{where}: the engine {k} takes {ms:.4g} ms alone and {part:.4g} ms in a frame, which contradict each other: is one in another unit?')
+
+# %% ../../nbs/orin/03b_calibrate.ipynb #1892c862
+def bench_tables(
+    b,                # of `check_bench`
+    graphs,           # folders with a spec.json
+    where='the result',
+)->dict:
+    "{part: layer table} of the graphs that a result was measured with."
+    specs = [(Path(g),read_json(Path(g)/'spec.json')) for g in graphs]
+    res,asked = {},b.get('graphs') or {}
+    for k,sha in asked.items():
+        for d,spec in specs:
+            g = (spec.get('graphs') or {}).get(k)
+            if g and g['sha256'] == sha and k not in res:
+                usual = {n:v[1] for n,v in (spec.get('dynamic') or {}).items()}
+                res[k] = get_table(d/g['file'], {**usual, **{n:v for n,v in (b.get('counts') or {}).items() if n in usual}}, g.get('keep_fp32', ()))
+    lost = [k for k in b['engines'] if k not in res]
+    if lost: raise InputError(f"{where} was measured with another graph {lost[0]} than those of {', '.join(map(str, graphs))}: give the folder that the engines were built from")
+    return res
+
 def bench_rows(
-    bench,            # the dict of an `orin.bench` result
+    b,                # of `check_bench`
     tables,           # {part: layer table}
-    precision='fp16', # that the engines were built with
-    mode='MAXN',
+    where='the result',
 )->list:
-    "Measurements of the parts of a bench result that have a layer table."
-    try: parts = dict(bench['parts'])
-    except (TypeError,KeyError,ValueError) as e: raise InputError('this is not a result of bevorin bench: there is no key parts') from e
-    rows = [dict(network=k, input='', batch=1, device='gpu', cores=1, precision=precision, ms=float(parts[k]['mean_ms']), power_w=None, mode=mode, driven='graph', source=f"bevorin bench, {bench.get('on')}", said=precision, table=t)
-            for k,t in tables.items() if k in parts]
-    if not rows: raise InputError(f"the result has the parts {', '.join(parts)}, and there is no layer table for any of them")
-    return rows
+    "A measurement for each engine that ran in TensorRT."
+    check_bench(b, where)
+    hw,res = b['hardware'],[]
+    m = module(hw['module'])
+    if not hw.get('power_mode'): raise InputError(f'{where} does not say its power mode (nvpmodel -q), so its clocks are not known')
+    for k,e in b['engines'].items():
+        about = b['engine'].get(k) or {}
+        if about.get('backend') != 'tensorrt' or k not in tables: continue
+        flags = (about.get('precision') or {}).get('applied') or []
+        precision = 'graph' if tables[k].get('quantized') else 'fp16' if 'fp16' in flags else 'tf32'
+        res.append(dict(network=f"{k} {(b.get('graphs') or {}).get(k, '')[:8]}".strip(), input='', batch=1, device='gpu', cores=1, precision=precision, ms=float(e['median_ms']), power_w=None, mode=m.mode(hw['power_mode']).name, target=m.name,
+                        driven='graph' if str(e.get('how')).startswith('as a CUDA graph') else 'enqueue', source=f"bevorin bench, {b['on']}", said=precision, table=tables[k]))
+    if not res: raise InputError(f'{where}: no engine of it ran in TensorRT, so there is no time of the GPU to fit to')
+    return res
+
+# %% ../../nbs/orin/03b_calibrate.ipynb #79b19c30
+class Board(dict):
+    "Parameters for one board, and what they were fitted to; a table in a notebook."
+    def __repr__(self):
+        b = self['board']
+        how = f"interval ±{100*(math.exp(self['interval']['gpu'])-1):.0f} %" if b['narrowed'] else f"interval as published (±{100*(math.exp(self['interval']['gpu'])-1):.0f} %): {b['graphs']} graphs, and it takes 4"
+        return f"{len(b['rows'])} times of {b['graphs']} graphs on {', '.join(b['on'])}: mean error {b['error_before_percent']:.1f} % before, {b['error_percent']:.1f} % after; {how}"
+    def _repr_markdown_(self):
+        cell = lambda v: '' if v is None else f'{v:.2f}'
+        rows = [f"| {r['network']} | {r['precision']} | {r['mode']} | {r['measured_ms']:.2f} | {r['before_ms']:.2f} | {r['after_ms']:.2f} | {cell(r['left_out_ms'])} |" for r in self['board']['rows']]
+        return '\n'.join([repr(self), '', '| engine | precision | mode | measured ms | published parameters | this board | left out |', '|---|---|---|--:|--:|--:|--:|', *rows])
 
 def calibrate_board(
-    rows,             # of `bench_rows`
+    rows,             # of `bench_rows`, one board's
     parameters=None,  # to start from
     pull:float=.5,    # to the start: the weight of a row whose error is a factor e
     out=None,         # a JSON file
-)->dict:
+)->Board:
     "Parameters for one board: the published ones, pulled to its measurements."
+    if not rows: raise InputError('there is no measurement to fit to')
+    if len({r['target'] for r in rows}) > 1: raise InputError(f"the results are of {' and '.join(sorted({r['target'] for r in rows}))}: fit one kind of board at a time")
     P = parameters or PARAMETERS
     names = ('efficiency','bandwidth','layer_us')
-    mine,start = [_Row(r, None) for r in rows],{k:P['gpu'][k] for k in names}
+    mine,start = [_Row(r, None, r['target']) for r in rows],{k:P['gpu'][k] for k in names}
     def fitted(which):
         y = np.log([r.row['ms'] for r in which])
         return {**P['gpu'], **least_squares(lambda p: np.log([r.ms({**P['gpu'], **p}) for r in which])-y, start, pull)}
-    interval = dict(P['interval'])
-    if len(mine) >= 4: interval['gpu'] = half_width([math.log(r.ms(fitted([o for o in mine if o is not r]))/r.row['ms']) for r in mine], interval['level'])
-    new = {**P, 'gpu':fitted(mine), 'interval':interval}
-    if out is not None: write_json(new, out)
-    return new
+    graphs,new,interval = list(dict.fromkeys(r['network'] for r in rows)),fitted(mine),dict(P['interval'])
+    left = {n:fitted([r for r in mine if r.row['network'] != n]) for n in graphs} if len(graphs) >= 4 else {}
+    table = [dict(network=r.row['network'], precision=r.row['precision'], mode=r.row['mode'], driven=r.row['driven'], source=r.row['source'], measured_ms=r.row['ms'], before_ms=float(r.ms(P['gpu'])), after_ms=float(r.ms(new)),
+                  left_out_ms=float(r.ms(left[r.row['network']])) if left else None) for r in mine]
+    if left: interval['gpu'] = half_width([math.log(r['left_out_ms']/r['measured_ms']) for r in table], interval['level'])
+    error = lambda k: float(100*np.mean([abs(r[k]/r['measured_ms']-1) for r in table]))
+    board = dict(format=1, target=rows[0]['target'], on=list(dict.fromkeys(r['source'].split(', ', 1)[-1] for r in rows)), graphs=len(graphs), narrowed=bool(left), interval_published=P['interval']['gpu'], error_before_percent=error('before_ms'), error_percent=error('after_ms'), rows=table)
+    res = Board({**P, 'gpu':new, 'interval':interval, 'board':board})
+    if out is not None: write_json(res, out)
+    return res
+
+def read_board(
+    path,             # what `calibrate_board` wrote
+    target=None,      # the module that it is wanted for
+)->Board:
+    "Parameters for one board, checked."
+    d = read_json(path)
+    board = d.get('board') if isinstance(d, dict) else None
+    if not isinstance(board, dict) or board.get('format') != 1 or not {'target','on','graphs','narrowed','rows'} <= set(board): raise InputError(f'{path} is not a result of bevorin calibrate-target (format 1)')
+    for k,group in PARAMETERS.items():
+        for n in group: _positive(d.get(k), n, f'{path}: {k}')
+    if target and module(target).name != board['target']: raise InputError(f"{path} was fitted to an {board['target']}, not to an {module(target).name}")
+    return Board(d)
+
+def calibrate_files(
+    results,          # files of `bevorin bench --json`
+    graphs,           # folders of the graphs that were measured
+    out=None,         # a JSON file
+)->Board:
+    "`bevorin calibrate-target`: parameters for one board, from files."
+    rows = []
+    for f in results:
+        b = read_json(f)
+        check_bench(b, str(f))
+        rows += bench_rows(b, bench_tables(b, graphs, str(f)), str(f))
+    return calibrate_board(rows, out=out)

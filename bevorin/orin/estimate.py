@@ -298,8 +298,9 @@ class Estimate:
     @property
     def notes(self):
         "What a reader must know beside the numbers."
-        level = round(100*self.parameters['interval']['level'])
-        notes = [f"predicted for {self.on}, not measured; the interval is meant to hold {level} % of networks that the fit has not seen"]
+        level,board = round(100*self.parameters['interval']['level']),self.parameters.get('board')
+        own = f"; fitted to {len(board['rows'])} times of {board['graphs']} graphs measured on such a board" if board else ''
+        notes = [f"predicted for {self.on}, not measured; the interval is meant to hold {level} % of networks that the fit has not seen{own}"]
         if self.unknown: notes.append('priced as copies, because this page does not know them: '+', '.join(f'{k} ({n})' for k,n in self.unknown.items()))
         back = [r for r in self.layers if r.get('fallback')]
         if back: notes.append(f"{len(back)} layers cannot run on a DLA and stay on the GPU ({sum(r['ms'] for r in back):.1f} ms): {', '.join(sorted({r['kind'] for r in back}))}")
@@ -347,7 +348,7 @@ def estimate(
     sizes=None,             # of open dimensions of ONNX files
     voxels=None,            # of the LiDAR graph of a folder
     extra=None,             # {name: ms}: published or measured times of what is no graph
-    parameters=None,        # of another fit
+    parameters=None,        # of another fit, or of your own board (`calibrate.read_board`)
 )->Estimate:
     "Predict latency, power and energy of a frame."
     m = target if isinstance(target, Module) else module(target)
@@ -372,7 +373,9 @@ def estimate(
 # %% ../../nbs/orin/03_estimate.ipynb #592d3e6b
 class Modes(list):
     "A prediction for each power mode; a table in a notebook."
-    def __repr__(self): return '\n'.join(f'{e.on}: {_n(e.latency_ms)} ms, {e.power_w:.0f} W' for e in self)
+    def __repr__(self):
+        width = max((len(e.on) for e in self), default=0)
+        return '\n'.join(f'{e.on:{width}}  {_n(e.latency_ms):>6} ms ({_n(e.low_ms)} to {_n(e.high_ms)}), {_n(e.fps):>5} frames/s, {e.power_w:3.0f} W ({e.power_low_w:.0f} to {e.power_high_w:.0f}), {e.energy_j:.2g} J a frame: predicted' for e in self)
     def _repr_markdown_(self):
         rows = [f"| {e.on} | {_n(e.latency_ms)} | {_n(e.low_ms)} to {_n(e.high_ms)} | {_n(e.fps)} | {e.power_w:.0f} | {e.power_low_w:.0f} to {e.power_high_w:.0f} | {e.energy_j:.2g} |" for e in self]
         return '\n'.join(['| predicted for | ms | interval | frames/s | W | interval | J a frame |', '|---|--:|---|--:|--:|---|--:|', *rows])

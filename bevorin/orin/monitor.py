@@ -47,7 +47,7 @@ def rail_w(
 # %% ../../nbs/orin/05_monitor.ipynb #a0542062
 class Replay:
     "A recorded log, at its own pace or faster."
-    kind,fault = 'replayed',None
+    kind,fault,of = 'replayed',None,'the module'
     def __init__(self,
         path,               # what `tegrastats --logfile` wrote, or lines
         speed:float=1.,     # times its own pace
@@ -71,7 +71,7 @@ class Replay:
 
 # %% ../../nbs/orin/05_monitor.ipynb #9eb5d6e5
 class Listen(Capture):
-    "tegrastats or jtop, as long as it speaks."
+    "tegrastats, jtop or NVML, as long as it speaks."
     kind = 'measured'
     def start(self):
         self._queue,self.fault,self.name = queue.Queue(),None,self.source
@@ -298,7 +298,7 @@ def _metrics(m):
     scaled = lambda k, by: None if now.get(k) is None else round(now[k]*by, 6)
     given = lambda unit, by: {u:scaled(f'{u}_{unit}', by) for u in ('gpu','cpu','emc','dla0','dla1')}
     if sample:
-        yield 'power_watts', 'Input power of the module', None, {'':now['power_w']}, False
+        yield 'power_watts', f"Input power of {m.source.of.split(',')[0]}", None, {'':now['power_w']}, False
         yield 'rail_watts', 'Power of a rail', 'rail', {r:rail_w(sample, r) for r in sample['rails']}, False
         yield 'temperature_celsius', 'Temperature of a sensor', 'sensor', sample['temps_c'], False
         yield 'load_ratio', 'Load, from 0 to 1', 'unit', given('percent', 1/100), False
@@ -338,7 +338,7 @@ def _power_table(m, Table, bar):
     t = Table(box=None, padding=(0,1), title='power, W', title_style='bold', title_justify='left')
     for c in ('','now','mean','max',''): t.add_column(c, justify='left' if not c else 'right', no_wrap=True)
     top,counted = m.meter.max('power_w'),_counted(m.meter)
-    for label,key,style in [('module', 'power_w', 'bold green'), *((r, f'{r.lower()}_w', 'cyan' if r in counted else 'dim') for r in _rails if f'{r.lower()}_w' in m.meter.sums)]:
+    for label,key,style in [('module' if m.source.of == 'the module' else 'GPU board', 'power_w', 'bold green'), *((r, f'{r.lower()}_w', 'cyan' if r in counted else 'dim') for r in _rails if f'{r.lower()}_w' in m.meter.sums)]:
         now = m.meter.last.get(key)
         t.add_row(label, _n(now, '', 1), _n(m.meter.mean(key), '', 1), _n(m.meter.max(key), '', 1), _bar(now, top, bar), style=style)
     return t
@@ -428,6 +428,7 @@ class Monitor:
     def lacks(self):
         "What no sample told, and why; None if all is there."
         if not self.meter.count or 'power_w' in self.meter.sums: return None
+        if self.source.of != 'the module': return 'the driver tells no power of this GPU'
         return 'no sample has the power rails of the module: on JetPack 5, tegrastats shows them to root alone (start it with sudo)'
 
     def run(self,
@@ -468,7 +469,7 @@ class Monitor:
         f,fault = self.frames,self.source.fault or self.lacks()
         told = f and dict(frames=f.count, frame_mean_ms=round(f.total_ms/f.count, 4) if f.count else None, frame_max_ms=f.max_ms, broken_lines=f.broken)
         return dict(format=1, kind=self.source.kind, source=self.source.name, hardware=hardware() if self.source.kind == 'measured' else None, date=datetime.now().isoformat(timespec='seconds'),
-                    ended=self.ended, fault=fault, broken_lines=self.broken, **self.meter.summary(), frames=told)
+                    ended=self.ended, fault=fault, power_of=self.source.of, broken_lines=self.broken, **self.meter.summary(), frames=told)
 
 # %% ../../nbs/orin/05_monitor.ipynb #1da4492e
 @contextmanager
@@ -501,7 +502,7 @@ def monitor_files(
     json_path=None,       # write the summary here
     name=None,            # the module; by default the rails tell
     sudo:bool=False,      # start tegrastats with sudo (which must not ask for a password)
-    source:str='tegrastats', # a program of this form, or 'jtop'
+    source:str='tegrastats', # a program of this form, 'jtop', or 'nvml': the GPU alone, where there is no Jetson
     show='auto',          # 'view', 'lines', None, or 'auto': the view in a terminal
 )->dict:
     "Watch a board or a recorded log; prints the summary, and raises what was wrong with the source."

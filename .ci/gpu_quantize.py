@@ -1,0 +1,180 @@
+"""Quantise the demo model and a pruned one: every calibrator, layers by hand and by search, training with the rounding in place; evaluate all on held-out streets.
+
+    python .ci/gpu_quantize.py --out quantize.json --work /tmp/quantize --seconds 560 --pruned pruned.tar
+
+`--pruned` is a model that `.ci/gpu_prune.py --keep` wrote. Every job is a process of its own; they share the GPUs through CUDA's multi-process
+service where it is installed. The figures that the documentation shows are tests_data/measured/quantize_demo.json. No test street is in training
+or calibration, and what was chosen was chosen on other streets, `dev`.
+"""
+import argparse,copy,json,os,shlex,signal,subprocess,sys,tarfile,time
+from multiprocessing import Pool
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+from gpu_prune import Kept,TD,VOXELS,open_data,share_gpus
+from bevorin.core import read_json,write_json
+
+WORLDS = dict(train=dict(seed=50, version='v1.0-trainval'), dev=dict(seed=60, version='v1.0-mini'), test=dict(seed=40, version='v1.0-mini'))
+METHODS = ('max','percentile','entropy','mse')
+TUNE = dict(learned={}, fixed=dict(learn=False), untaught=dict(taught=False))
+# what is quantised: the rules' layers, everything, what the search leaves
+JOBS = {f'{m}_{k}':dict(model=m, kind=k) for m in ('whole','pruned') for k in ('float', *METHODS, *(f'all_{c}' for c in METHODS), 'search', *(f'qat_{t}' for t in TUNE if m == 'whole' or t == 'learned'))}
+
+def make(a):
+    "Streets and samples, once: augmented ones to train on, plain ones to calibrate and to test on."
+    from bevorin.data.synthetic import synth
+    for k,w in WORLDS.items():
+        if not (a.work/k).is_dir(): synth(a.work/k, scenes=dict(train=a.scenes, dev=a.dev_scenes, test=a.test_scenes)[k], **w, frames=20, image=(225,400), sweeps=4, steps=724, progress=False)
+    n = len(open_data(a, 'train')[2])
+    for k,source,which in (('train','train',range(n*a.variants)), ('calibrate','train',np.linspace(0, n-1, a.frames).round().astype(int).tolist()), ('dev','dev',range(20*a.dev_scenes)), ('test','test',range(20*a.test_scenes))):
+        folder = a.work/f'{k}_samples'
+        if folder.is_dir(): continue
+        tmp = a.work/f'{k}_samples.part'
+        tmp.mkdir(exist_ok=True)
+        cores = len(os.sched_getaffinity(0))
+        with Pool(cores) as p: p.starmap(store, [(a, source, k == 'train', tmp, list(which)[i::cores]) for i in range(cores)])
+        tmp.rename(folder)
+    print('samples', round(time.time()-a.start), 's', flush=True)
+
+def store(a, source, train, folder, which):
+    from bevorin.data.nuscenes import NuScenesDataset
+    from bevorin.optimize.qat import weak_augmentation
+    cfg,nusc,_ = open_data(a, source)
+    data = NuScenesDataset(weak_augmentation(cfg), a.work/source, [s['name'] for s in nusc.scene], train=train, sweeps=4, nusc=nusc, progress=False)
+    for i in which:
+        s = data.load(i%len(data), np.random.default_rng([9,i]) if train else None)
+        np.savez(folder/f'{i}.npz', **{n:v for n,v in s.items() if isinstance(v, np.ndarray)}, _=json.dumps({n:v for n,v in s.items() if not isinstance(v, np.ndarray)}, default=float))
+
+def samples(folder):
+    for f in sorted(folder.iterdir(), key=lambda f: int(f.stem)):
+        with np.load(f) as z: yield {**{k:z[k] for k in z.files if k != '_'}, **json.loads(str(z['_']))}
+
+def child(a):
+    import torch
+    from bevorin.config import load_config
+    from bevorin.data.nuscenes import collate
+    from bevorin.model.bevfusion import build_model,load_checkpoint
+    from bevorin.optimize.mixed import damage_of,keep_float,layer_damage,search
+    from bevorin.optimize.complexity import complexity
+    from bevorin.optimize.qat import qat,qat_settings
+    from bevorin.optimize.quantize import KEEP,layer_report,load_quantized,place,quantize,quantized_layers,save_quantized,fold_norms
+    from bevorin.optimize.shrink import load_pruned
+    from bevorin.train.evaluate import TorchPredictor,evaluate
+    from bevorin.train.loop import TrainLoader,read_log
+    torch.set_num_threads(1)
+    job,dev = JOBS[a.child],torch.device(a.device)
+    folder = a.work/'jobs'/a.child
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder/'result.json').is_file(): return
+    say = lambda *w: print(a.child, *w, round(time.time()-a.start), 's', flush=True)
+    if job['model'] == 'whole':
+        cfg = load_config(TD/'configs/demo.yaml')
+        net = build_model(cfg).eval(); load_checkpoint(net, TD/'demo_model/model.pth')
+    else: net,cfg,_ = load_pruned(a.work/'pruned_model')
+    net.to(dev)
+    teacher = build_model(load_config(TD/'configs/demo.yaml')).eval(); load_checkpoint(teacher, TD/'demo_model/model.pth'); teacher.to(dev)
+    frames = [collate(list(p)) for p in np.array_split([*samples(a.work/'calibrate_samples')], a.frames//4)] if job['kind'] != 'float' else []
+    macs = complexity(cfg, VOXELS).macs
+    could = copy.deepcopy(net); fold_norms(could); could = place(could, [])[0]
+    whole = sum(macs.get(n, 0) for n in could)
+    res = dict(name=a.child, **job)
+    def score(m, k):
+        nusc,kept = open_data(a, k)[1],Kept(a.work/f'{k}_samples')
+        r = evaluate(TorchPredictor(m.eval(), dev), [collate([kept[i] for i in range(j, min(j+5, len(kept)))]) for j in range(0, len(kept), 5)], nusc, progress=False)
+        return {**{k:round(100*r.headline[k], 2) for k in ('mAP','NDS','mIoU')}, 'classes':{'AP':{k:round(100*v['AP'], 1) for k,v in r['detection']['classes'].items() if v.get('AP') is not None}, 'IoU':{k:round(100*v['IoU'], 1) for k,v in r['segmentation']['classes'].items()}}}
+    def judge(m, recipe=None):
+        out = dict(dev=score(m, 'dev'), test=score(m, 'test'))
+        if recipe: out.update(int8_layers=len(recipe['layers']), int8_macs=round(sum(macs.get(n, 0) for n in recipe['layers'])/whole, 4), int8_parameters=round(recipe['parameters']['int8']/sum(recipe['parameters'].values()), 4))
+        return out
+    kind,lib = job['kind'],'pytorch_quantization'
+    if kind == 'float': res.update(judge(net))
+    elif kind in METHODS or kind.startswith('all_'):
+        q,recipe = quantize(net, frames, dict(method=kind.removeprefix('all_'), **({} if kind in METHODS else dict(keep=[]))), lib, progress=False)
+        worst = layer_report(q, frames[:2])
+        res.update(judge(q, recipe), worst=[{k:r[k] for k in ('name','output_db','weight_db','clipped')} for r in worst.worst(6)])
+    elif kind == 'search':
+        q,recipe = quantize(net, frames, dict(method='mse', keep=[]), lib, progress=False)
+        found = layer_damage(q, cfg, frames[:3], VOXELS, journal=folder/'layers.jsonl', progress=False)
+        say('layers measured')
+        by_hand = [n for n in place_names(net, KEEP) if n in quantized_layers(q)]
+        share = 1-sum(macs.get(n, 0) for n in quantized_layers(q) if n not in by_hand)/whole
+        variants = dict(equal=dict(share=share), half=dict(share=share/2), most=dict(share=3*share), budget=dict(budget=.02))
+        res.update(measured=found, by_hand=dict(layers=len(by_hand), float_macs=round(share, 4), damage=round(damage_of(q, frames[:4], by_hand), 5)), found={})
+        both = {'by_hand_mse':by_hand}
+        for k,v in variants.items():
+            try: m = search(q, found, frames[:4], **v)
+            except Exception as e: res['found'][k] = dict(error=str(e)); continue
+            res['found'][k] = {x:m[x] for x in ('keep','damage','int8_share','budget','share','tried')}
+            both[k] = m['keep']
+        for k,names in both.items():
+            p = copy.deepcopy(q)
+            r = keep_float(p, recipe, names)
+            res.setdefault('scores', {})[k] = judge(p, r)
+            say(k, len(names), res['scores'][k]['dev']['mAP'], res['scores'][k]['dev']['mIoU'])
+    else:
+        how = TUNE[kind.removeprefix('qat_')]
+        if (folder/'start'/'quantize.json').is_file(): q,recipe = load_quantized(cfg, folder/'start'); q.to(dev)
+        else:
+            q,recipe = quantize(net, frames, dict(method='mse'), lib, progress=False)
+            save_quantized(q, recipe, folder/'start')
+        train = Kept(a.work/'train_samples', a.steps*a.batch)
+        settings = qat_settings(cfg, epochs=1, lr=a.lr, amp='bf16' if dev.type == 'cuda' else None, ema=.98, warmup_steps=20)
+        say('calibrated')
+        recipe = qat(q, recipe, cfg, TrainLoader(train, a.batch, workers=2), folder/'run', teacher if how.get('taught', True) else None, settings, how.get('learn', True), resume=True, device=dev, log_every=10, save_every=10**6, progress=False)
+        q.to(dev)
+        save_quantized(q, recipe, folder/'quantized')
+        say('trained')
+        res.update(judge(q, recipe), steps=a.steps, samples=a.steps*a.batch, seconds_a_step=round(float(np.median(read_log(folder/'run')['seconds'])), 3))
+    write_json(res, folder/'result.json')
+    if 'dev' in res: say('dev', res['dev']['mAP'], res['dev']['mIoU'], 'test', res['test']['mAP'], res['test']['mIoU'])
+
+def place_names(net, keep_patterns):
+    "Layers that the patterns keep."
+    from bevorin.optimize.quantize import fold_norms,place
+    m = copy.deepcopy(net); fold_norms(m)
+    return list(place(m, keep_patterns)[1])
+
+def parent(a):
+    from bevorin.optimize.profile import hardware,versions
+    import torch
+    jobs = [j for j in JOBS if not a.only or j in a.only]
+    make(a)
+    if not (a.work/'pruned_model').is_dir():
+        with tarfile.open(a.pruned) as t: t.extractall(a.work/'pruned.part', filter='data')
+        next((a.work/'pruned.part').iterdir()).rename(a.work/'pruned_model')
+    mps = a.device == 'cuda' and share_gpus()
+    gpus = torch.cuda.device_count() if a.device == 'cuda' else 0
+    order = sorted((j for j in jobs if not (a.work/'jobs'/j/'result.json').is_file()), key=lambda j: (not JOBS[j]['kind'].startswith('qat'), JOBS[j]['kind'] != 'search'))
+    own = [f'--{k}={getattr(a, k)}' for k in ('work','out','batch','steps','lr','frames','variants','start','scenes')]
+    waiting,running,end = list(enumerate(order)),{},a.start+a.seconds
+    while (waiting or any(p.poll() is None for p in running.values())) and time.time() < end-10:
+        while waiting and sum(p.poll() is None for p in running.values()) < a.at_once:
+            i,j = waiting.pop(0)
+            running[j] = subprocess.Popen([sys.executable, __file__, '--child', j, '--device', f'cuda:{i%gpus}' if gpus else 'cpu', *own], stderr=open(a.work/f'{j}.err', 'w'))
+        time.sleep(.3)
+    for p in running.values():
+        if p.poll() is None: p.send_signal(signal.SIGTERM)
+    for j,p in running.items():
+        try: p.wait(max(1, end+6-time.time()))
+        except subprocess.TimeoutExpired: p.kill()
+        if p.returncode: print(j, 'ended with', p.returncode, (a.work/f'{j}.err').read_text()[-900:], flush=True)
+    found = {j:read_json(f) for j in jobs for f in [a.work/'jobs'/j/'result.json'] if f.is_file()}
+    write_json(dict(what='the demo model and a pruned one in INT8, evaluated on held-out synthetic streets', kind='measured', date=time.strftime('%Y-%m-%d', time.gmtime()), hardware=dict(hardware(torch.device('cuda:0' if gpus else 'cpu')), gpus=gpus, shared='multi-process service' if mps else 'in turns'), versions=versions(),
+        command=shlex.join(['python','.ci/gpu_quantize.py','--steps',str(a.steps),'--batch',str(a.batch),'--lr',f'{a.lr:g}']), backend='pytorch_quantization 2.1.3', voxels=VOXELS, worlds=WORLDS, scenes=a.scenes, calibration_frames=a.frames, batch=a.batch, steps=a.steps,
+        training=f'bf16, cosine from lr {a.lr:g}, scales ten times that in proportion, EMA 0.98; the unpruned float model teaches (heatmap 1, map classes 0.5, boxes 1), weak augmentation', jobs=found), a.out)
+    for j in set(a.keep) & set(found):
+        with tarfile.open(a.out.parent/f'{j}.tar', 'w') as t: t.add(a.work/'jobs'/j/'quantized', j)
+    print(len(found), 'of', len(jobs), 'done', round(time.time()-a.start), 's', flush=True)
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('--out', type=Path, default='quantize.json'); ap.add_argument('--work', type=Path, default='/tmp/quantize'); ap.add_argument('--pruned', type=Path)
+    for k,v,h in (('seconds',560.,'of this command'), ('start',0.,argparse.SUPPRESS), ('lr',5e-5,'of the weights')): ap.add_argument(f'--{k}', type=float, default=v, help=h)
+    for k,v,h in (('scenes',60,'streets to train on'), ('dev-scenes',5,'streets to choose on'), ('test-scenes',10,'streets to test on'), ('variants',2,'of each sample, augmented'), ('frames',32,'to calibrate on'), ('batch',16,''), ('steps',300,'of training'), ('at-once',14,'processes')): ap.add_argument(f'--{k}', type=int, default=v, help=h)
+    ap.add_argument('--device', default='cuda'); ap.add_argument('--child', help=argparse.SUPPRESS); ap.add_argument('--only', nargs='+'); ap.add_argument('--keep', nargs='+', default=[])
+    a = ap.parse_args()
+    a.start = a.start or time.time()
+    for d in (a.work, a.out.parent): d.mkdir(parents=True, exist_ok=True)
+    child(a) if a.child else parent(a)
+
+if __name__ == '__main__': main()
