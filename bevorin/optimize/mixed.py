@@ -140,5 +140,5 @@ def plot(self:Mixed, others=()):
     ax.plot(100*self['int8_share'], self['damage'], 'o', label=f"chosen: {len(self['keep'])} layers in floating point")
     for i,(name,x,y) in enumerate(others): ax.plot(100*x, y, 'sD^v'[i%4], label=name)
     if self['budget'] is not None: ax.axhline(self['budget'], color='C3', lw=.8, label='budget')
-    ax.set(xlabel='operations in INT8, % of those that could be', ylabel='damage'); ax.grid(alpha=.3); ax.legend(fontsize=7)
+    ax.set(xlabel='operations in INT8, % of those that could be', ylabel='damage'); ax.set_ylim(bottom=0); ax.ticklabel_format(useOffset=False); ax.grid(alpha=.3); ax.legend(fontsize=7)
     return fig
