@@ -79,14 +79,20 @@ class Kept:
     def __getitem__(self, i):
         with np.load(self.folder/f'{i%self.have}.npz') as z: return {**{k:z[k] for k in z.files if k != '_'}, **json.loads(str(z['_']))}
 
+def score(a, model, which, device):
+    "Accuracy on the kept samples of some streets, in percent."
+    from bevorin.data.nuscenes import collate
+    from bevorin.train.evaluate import TorchPredictor,evaluate
+    nusc,kept = open_data(a, which)[1],Kept(a.work/f'{which}_samples')
+    r = evaluate(TorchPredictor(model.eval(), device), [collate([kept[i] for i in range(j, min(j+5, len(kept)))]) for j in range(0, len(kept), 5)], nusc, progress=False)
+    return {**{k:round(100*r.headline[k], 2) for k in ('mAP','NDS','mIoU')}, 'classes':{'AP':{k:round(100*v['AP'], 1) for k,v in r['detection']['classes'].items() if v.get('AP') is not None}, 'IoU':{k:round(100*v['IoU'], 1) for k,v in r['segmentation']['classes'].items()}}}
+
 def child(a):
     import torch
     from bevorin.config import load_config
     from bevorin.core import write_json
-    from bevorin.data.nuscenes import collate as as_is
     from bevorin.model.bevfusion import build_model,load_checkpoint
     from bevorin.optimize.shrink import load_pruned,save_pruned,shrink
-    from bevorin.train.evaluate import TorchPredictor,evaluate
     from bevorin.train.loop import TrainLoader,collate,fit,read_log
     from bevorin.train.losses import distill
     from bevorin.train.optim import measure_norms,settings_from
@@ -122,12 +128,8 @@ def child(a):
     net = build_model(net_cfg); net.load_state_dict(torch.load(out['model'], map_location='cpu', weights_only=True)['state_dict'], strict=True)
     say('trained', steps)
     if report: save_pruned(net, net_cfg, report, folder/'tuned')
-    def score(m, k):
-        nusc,kept = open_data(a, k)[1],Kept(a.work/f'{k}_samples')
-        r = evaluate(TorchPredictor(m.eval(), dev), [as_is([kept[i] for i in range(j, min(j+5, len(kept)))]) for j in range(0, len(kept), 5)], nusc, progress=False)
-        return {**{k:round(100*r.headline[k], 2) for k in ('mAP','NDS','mIoU')}, 'classes':{'AP':{k:round(100*v['AP'], 1) for k,v in r['detection']['classes'].items() if v.get('AP') is not None}, 'IoU':{k:round(100*v['IoU'], 1) for k,v in r['segmentation']['classes'].items()}}}
-    res.update(steps=steps, samples=steps*a.batch, loss=float(np.mean(read_log(folder/'run')['loss'][-5:])), **({k:v for k,v in report.summary().items()} if report else {}), tuned=score(net, 'test'), dev=score(net, 'dev'))
-    if not job: res.update(as_shipped=score(base, 'test'), as_shipped_dev=score(base, 'dev'))
+    res.update(steps=steps, samples=steps*a.batch, loss=float(np.mean(read_log(folder/'run')['loss'][-5:])), **({k:v for k,v in report.summary().items()} if report else {}), tuned=score(a, net, 'test', dev), dev=score(a, net, 'dev', dev))
+    if not job: res.update(as_shipped=score(a, base, 'test', dev), as_shipped_dev=score(a, base, 'dev', dev))
     write_json(res, folder/'result.json')
     say('dev mAP', res['dev']['mAP'], 'mIoU', res['dev']['mIoU'], 'test mAP', res['tuned']['mAP'], 'mIoU', res['tuned']['mIoU'])
 
@@ -137,6 +139,15 @@ def share_gpus():
     os.environ.update(CUDA_MPS_PIPE_DIRECTORY='/tmp/mps', CUDA_MPS_LOG_DIRECTORY='/tmp/mps')
     Path('/tmp/mps').mkdir(exist_ok=True)
     return subprocess.run([tool, '-d']).returncode == 0
+
+def stop(a, running, end):
+    "End the processes that still run by a signal, after which they can be resumed; say which failed."
+    for p in running.values():
+        if p.poll() is None: p.send_signal(signal.SIGTERM)
+    for j,p in running.items():
+        try: p.wait(max(1, end+6-time.time()))
+        except subprocess.TimeoutExpired: p.kill()
+        if p.returncode: print(j, 'ended with', p.returncode, (a.work/f'{j}.err').read_text()[-600:], flush=True)
 
 def parent(a):
     from bevorin.optimize.profile import hardware,versions
@@ -158,12 +169,7 @@ def parent(a):
                 n = a.steps or int((end-time.time()-12 + max(0, a.left-30) - tail)/float(np.max(seconds)))
                 (a.work/'steps').write_text(str(n)); print('steps', n, 'seconds a step', float(np.median(seconds)), round(time.time()-a.start), 's', flush=True)
         time.sleep(.5)
-    for p in running.values():
-        if p.poll() is None: p.send_signal(signal.SIGTERM)
-    for j,p in running.items():
-        try: p.wait(max(1, end+6-time.time()))
-        except subprocess.TimeoutExpired: p.kill()
-        if p.returncode: print(j, 'ended with', p.returncode, (a.work/f'{j}.err').read_text()[-600:], flush=True)
+    stop(a, running, end)
     if mps: subprocess.run('echo quit | nvidia-cuda-mps-control', shell=True)
     plans = {f.stem.removeprefix('plan_'):r if 'uniform' not in f.stem else max(r.values()) for f in sorted({plan_file(a, JOBS[j]) for j in jobs if JOBS[j]}) for r in [read_json(f)]}
     found = {j:read_json(f) for j in jobs for f in [a.work/'jobs'/j/'result.json'] if f.is_file()}

@@ -6,15 +6,14 @@
 service where it is installed. The figures that the documentation shows are tests_data/measured/quantize_demo.json. No test street is in training
 or calibration, and what was chosen was chosen on other streets, `dev`.
 """
-import argparse,copy,json,os,shlex,signal,subprocess,sys,tarfile,time
+import argparse,copy,json,os,shlex,subprocess,sys,tarfile,time
 from multiprocessing import Pool
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
-from gpu_prune import Kept,TD,VOXELS,open_data,share_gpus
+from gpu_prune import Kept,TD,VOXELS,WORLDS,open_data,score,share_gpus,stop
 from bevorin.core import read_json,write_json
 
-WORLDS = dict(train=dict(seed=50, version='v1.0-trainval'), dev=dict(seed=60, version='v1.0-mini'), test=dict(seed=40, version='v1.0-mini'))
 METHODS = ('max','percentile','entropy','mse')
 TUNE = dict(learned={}, fixed=dict(learn=False), untaught=dict(taught=False))
 # what is quantised: the rules' layers, everything, what the search leaves
@@ -59,7 +58,6 @@ def child(a):
     from bevorin.optimize.qat import qat,qat_settings
     from bevorin.optimize.quantize import KEEP,layer_report,load_quantized,place,quantize,quantized_layers,save_quantized,fold_norms
     from bevorin.optimize.shrink import load_pruned
-    from bevorin.train.evaluate import TorchPredictor,evaluate
     from bevorin.train.loop import TrainLoader,read_log
     torch.set_num_threads(1)
     job,dev = JOBS[a.child],torch.device(a.device)
@@ -75,15 +73,11 @@ def child(a):
     teacher = build_model(load_config(TD/'configs/demo.yaml')).eval(); load_checkpoint(teacher, TD/'demo_model/model.pth'); teacher.to(dev)
     frames = [collate(list(p)) for p in np.array_split([*samples(a.work/'calibrate_samples')], a.frames//4)] if job['kind'] != 'float' else []
     macs = complexity(cfg, VOXELS).macs
-    could = copy.deepcopy(net); fold_norms(could); could = place(could, [])[0]
-    whole = sum(macs.get(n, 0) for n in could)
+    folded = copy.deepcopy(net); fold_norms(folded)
+    whole = sum(macs.get(n, 0) for n in place(folded, [])[0])
     res = dict(name=a.child, **job)
-    def score(m, k):
-        nusc,kept = open_data(a, k)[1],Kept(a.work/f'{k}_samples')
-        r = evaluate(TorchPredictor(m.eval(), dev), [collate([kept[i] for i in range(j, min(j+5, len(kept)))]) for j in range(0, len(kept), 5)], nusc, progress=False)
-        return {**{k:round(100*r.headline[k], 2) for k in ('mAP','NDS','mIoU')}, 'classes':{'AP':{k:round(100*v['AP'], 1) for k,v in r['detection']['classes'].items() if v.get('AP') is not None}, 'IoU':{k:round(100*v['IoU'], 1) for k,v in r['segmentation']['classes'].items()}}}
     def judge(m, recipe=None):
-        out = dict(dev=score(m, 'dev'), test=score(m, 'test'))
+        out = dict(dev=score(a, m, 'dev', dev), test=score(a, m, 'test', dev))
         if recipe: out.update(int8_layers=len(recipe['layers']), int8_macs=round(sum(macs.get(n, 0) for n in recipe['layers'])/whole, 4), int8_parameters=round(recipe['parameters']['int8']/sum(recipe['parameters'].values()), 4))
         return out
     kind,lib = job['kind'],'pytorch_quantization'
@@ -96,7 +90,7 @@ def child(a):
         q,recipe = quantize(net, frames, dict(method='mse', keep=[]), lib, progress=False)
         found = layer_damage(q, cfg, frames[:3], VOXELS, journal=folder/'layers.jsonl', progress=False)
         say('layers measured')
-        by_hand = [n for n in place_names(net, KEEP) if n in quantized_layers(q)]
+        by_hand = [n for n in place(folded, KEEP)[1] if n in quantized_layers(q)]
         share = 1-sum(macs.get(n, 0) for n in quantized_layers(q) if n not in by_hand)/whole
         variants = dict(equal=dict(share=share), half=dict(share=share/2), most=dict(share=3*share), budget=dict(budget=.02))
         res.update(measured=found, by_hand=dict(layers=len(by_hand), float_macs=round(share, 4), damage=round(damage_of(q, frames[:4], by_hand), 5)), found={})
@@ -128,12 +122,6 @@ def child(a):
     write_json(res, folder/'result.json')
     if 'dev' in res: say('dev', res['dev']['mAP'], res['dev']['mIoU'], 'test', res['test']['mAP'], res['test']['mIoU'])
 
-def place_names(net, keep_patterns):
-    "Layers that the patterns keep."
-    from bevorin.optimize.quantize import fold_norms,place
-    m = copy.deepcopy(net); fold_norms(m)
-    return list(place(m, keep_patterns)[1])
-
 def parent(a):
     from bevorin.optimize.profile import hardware,versions
     import torch
@@ -152,12 +140,8 @@ def parent(a):
             i,j = waiting.pop(0)
             running[j] = subprocess.Popen([sys.executable, __file__, '--child', j, '--device', f'cuda:{i%gpus}' if gpus else 'cpu', *own], stderr=open(a.work/f'{j}.err', 'w'))
         time.sleep(.3)
-    for p in running.values():
-        if p.poll() is None: p.send_signal(signal.SIGTERM)
-    for j,p in running.items():
-        try: p.wait(max(1, end+6-time.time()))
-        except subprocess.TimeoutExpired: p.kill()
-        if p.returncode: print(j, 'ended with', p.returncode, (a.work/f'{j}.err').read_text()[-900:], flush=True)
+    stop(a, running, end)
+    if mps: subprocess.run('echo quit | nvidia-cuda-mps-control', shell=True)
     found = {j:read_json(f) for j in jobs for f in [a.work/'jobs'/j/'result.json'] if f.is_file()}
     write_json(dict(what='the demo model and a pruned one in INT8, evaluated on held-out synthetic streets', kind='measured', date=time.strftime('%Y-%m-%d', time.gmtime()), hardware=dict(hardware(torch.device('cuda:0' if gpus else 'cpu')), gpus=gpus, shared='multi-process service' if mps else 'in turns'), versions=versions(),
         command=shlex.join(['python','.ci/gpu_quantize.py','--steps',str(a.steps),'--batch',str(a.batch),'--lr',f'{a.lr:g}']), backend='pytorch_quantization 2.1.3', voxels=VOXELS, worlds=WORLDS, scenes=a.scenes, calibration_frames=a.frames, batch=a.batch, steps=a.steps,

@@ -590,7 +590,7 @@ def quantize(
     report = layer_report(small.to(device), [next(iter(some))])
     write_json(report.to_dict(), out/'layers.json')
     if plot: save(report.plot(), plot)
-    for r in rules(recipe): print(f"{r['rule']:45} {'' if r['layers'] is None else r['layers']:>4}  {r['in']:6} {r['why']}")
+    print(rules(recipe))
     n = recipe['parameters']
     print(f"{len(recipe['layers'])} layers, {100*n['int8']/sum(n.values()):.1f} % of the parameters in INT8; the worst: "+', '.join(f"{r['name']} {r['output_db']:.0f} dB" for r in report.worst(3)))
     print(f'quantised model: {out}')

@@ -6,9 +6,6 @@
 __all__ = ['LayerDamage', 'layer_damage', 'Mixed', 'search', 'damage_of', 'keep_float']
 
 # %% ../../nbs/optimize/02a_mixed.ipynb #4506c521
-import json
-from pathlib import Path
-import numpy as np
 import torch.nn as nn
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -43,7 +40,7 @@ def layer_damage(
     enable(model, '*', False)
     try:
         ref = Reference(model, batches)
-        log = Journal(journal, digest_of(model, dict(frames=len(batches), layers=sorted(layers)))) if journal else None
+        log = Journal(journal, digest_of(model, dict(frames=len(batches), voxels=voxels, layers=sorted(layers)))) if journal else None
         done = {r['name']:r for r in (log.rows if log else ())}
         for n in tqdm(names or list(layers), desc='layers', disable=not progress):
             if n in done: continue

@@ -7,6 +7,7 @@ __all__ = ['weak_augmentation', 'qat_settings', 'qat']
 
 # %% ../../nbs/optimize/02b_qat.ipynb #f16069be
 import copy
+from dataclasses import replace
 import torch
 import torch.nn as nn
 from ..core import InputError
@@ -54,7 +55,7 @@ def qat(
     settings = settings or qat_settings(cfg)
     if learn:
         for l in layers.values(): l.input_quantizer.learn(); l.weight_quantizer.learn()
-        settings.lr_factors = {**settings.lr_factors, r'_quantizer\.gain$':scale_rate}
+        settings = replace(settings, lr_factors={**settings.lr_factors, r'_quantizer\.gain$':scale_rate})
     res = fit(model, loader, cfg, out, settings, extra_loss=distill(teacher, terms or dict(heatmap=1., map_classes=.5, boxes=1.)) if teacher is not None else None, **kwargs)
     model.load_state_dict(torch.load(res['model'], map_location='cpu', weights_only=True)['state_dict'], strict=True)
     for l in layers.values(): l.input_quantizer.fix(); l.weight_quantizer.fix()

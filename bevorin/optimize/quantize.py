@@ -173,7 +173,7 @@ KEEP = {
 }
 
 NEVER = {
-    'LayerNorm, softmax, GELU':'sums and exponentials of a wide range; TensorRT has no INT8 kernels for them',
+    'LayerNorm, softmax, GELU':'means, exponentials and tails of a wide range; rounded by the layer that reads them',
     'attention: query x key, attention x value':'products of two activations: in INT8 the small probabilities of a softmax are gone',
     'residual Add':'its sum is rounded by the layer that reads it, once',
     'Concat':'what is joined is rounded by the layer that reads it: one scale for all its parts',
