@@ -1,7 +1,7 @@
 """`bench` and `monitor` on a GPU machine with TensorRT: times of a frame and of each engine alone, watts of the GPU by NVML. No torch: numpy, tensorrt, pycuda (onnxruntime for what has no engine).
 
     python .ci/gpu_bench.py demo=GRAPHS:INPUTS.npz --seconds 4 --out bench.json                   builds the engines first
-    python .ci/gpu_bench.py demo=GRAPHS:INPUTS.npz::PLANS demo_int8=… --seconds 4 --out bench.json   takes those that gpu_engines.py built
+    python .ci/gpu_bench.py demo=GRAPHS:INPUTS.npz::PLANS demo_int8=… --seconds 4 --out bench.json   takes those that stand in PLANS
 
 A job is NAME=FOLDER:INPUTS[:PRECISION][:PLANS]
   FOLDER      exported graphs with spec.json
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'.ci')]
 
-from gpu_engines import Job, hardware, now, parsed, put
+from gpu_precisions import hardware, now, options, put
 
 NOTE = 'engines: inputs already on the GPU, one engine alone; frame: with the NumPy kernels on the CPU and the copies between; watts: the board of the GPU by NVML, no power of a module'
 
@@ -31,7 +31,7 @@ def build_all(a, jobs, end):
     for name,folder,_,precision,plans in jobs:
         if plans or a.backend != 'tensorrt': continue
         for k in json.loads((Path(folder)/'spec.json').read_text())['graphs']:
-            cmd = [sys.executable, __file__, '--only', k, '--name', name, '--folder', folder, '--precisions', precision, '--level', str(a.level), '--work', str(a.work), '--seconds', str(a.build_budget)]
+            cmd = [sys.executable, __file__, '--only', k, '--name', name, '--folder', folder, '--precisions', precision, '--level', str(a.level), '--work', str(a.work)]
             running.append((subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), name, k))
     for p,name,k in running:
         try: out, _ = p.communicate(timeout=max(.1, end-time.time()))
@@ -40,11 +40,17 @@ def build_all(a, jobs, end):
     return why
 
 def build_one(a):
+    from bevorin.deploy.engine import build_engine
     from bevorin.deploy.runtime import read_spec
-    a.inputs = None
-    job = Job(a)
-    job.spec = read_spec(a.folder)
-    job.build(a.precisions, a.only)
+    spec, out = read_spec(a.folder), Path(a.work)/a.name/a.precisions
+    out.mkdir(parents=True, exist_ok=True)
+    build_engine(Path(a.folder)/spec['graphs'][a.only]['file'], out/f'{a.only}.plan', **options(spec, a.only, tuple(p for p in a.precisions.split('+') if p != 'fp32'), a.level, Path(a.work)/'timing.cache'))
+
+def parsed(text):
+    "Name, folder, inputs, precision and plans of a job."
+    name, _, rest = text.partition('=')
+    folder, inputs, precision, plans = (rest.split(':')+['']*3)[:4]
+    return name, folder, inputs, precision or ('fp16+int8' if json.loads((Path(folder)/'spec.json').read_text()).get('precision') == 'int8' else 'fp16'), plans
 
 class One:
     "One job, measured."

@@ -578,7 +578,7 @@ def quantize(
     small,recipe = calibrate(model.to(device), some, settings, backend, bar, out/'calibration.pt')
     if budget is not None:
         few = list(_some(cfg, data, split, min(frames, 8), sweeps, nusc))
-        mixed = search(small, layer_damage(small, cfg, few, voxels, out/'layers.jsonl', progress=bar), few, budget)
+        mixed = search(small, layer_damage(small, cfg, few, voxels, out/'layers.jsonl', progress=bar), few, budget, journal=out/'lists.jsonl', progress=bar)
         write_json(mixed, out/'mixed.json')
         recipe = keep_float(small, recipe, mixed['keep'])
         print(mixed)
@@ -606,13 +606,14 @@ def dla(
     fp16:bool=False,          # FP16 layers may go to a DLA too
     goal:str=None,            # latency or throughput
     rewrite:bool=True,        # first rewrite what a DLA would refuse
+    pad:Param('concatenations to pad to whole groups of channels, with wildcards, or none; by default those where it is predicted to pay', str, nargs='+')=None,
     out:str=None,             # write a graph for each piece, and calibration caches, to this folder
     json:str=None,            # write verdicts and plan to this file
     plot:str=None,            # write the picture to this file
 ):
     "What of a graph runs on a DLA, and the plan that follows."
     from bevorin.deploy.place import dla_files
-    p = dla_files(graph, core, plot, json, out, None, version, fp16, goal or ('latency' if core is None else 'throughput'), precision, ranges, rewrite)
+    p = dla_files(graph, core, plot, json, out, None, version, fp16, goal or ('latency' if core is None else 'throughput'), precision, ranges, rewrite, () if pad == ['none'] else pad)
     print(p.judgement)
     print(p)
 
@@ -624,11 +625,12 @@ def build(
     precision:Param('beside FP32: fp16 int8, or fp32 for nothing else', str, nargs='+')=None,
     dynamic:Param('lengths of free axes of an .onnx file: n1=1,4000,8000 …', str, nargs='+')=None,
     calibration:str=None,     # INT8 without Q/DQ nodes: a calibration cache of the graph
-    dla:int=None,             # put the layers on this DLA core
+    dla:Param('put the layers on this DLA core, or those of patterns: neck*=0', str, nargs='+')=None,
     workspace:int=None,       # MiB of scratch memory
     level:int=None,           # optimisation level 0 to 5
     timing_cache:str=None,    # a file that keeps kernel timings
     keep_fp32:Param('layers that stay in FP32, with wildcards', str, nargs='+')=None,
+    layers:Param('precision by pattern of layer names: fuser*=fp32 head.*=fp16', str, nargs='+')=None,
     rtx:str=None,             # with TensorRT-RTX for this GPU, e.g. SM86
     force:bool=False,         # build even if nothing changed
     json:str=None,            # write the records to this file
@@ -638,15 +640,26 @@ def build(
     from bevorin.deploy import engine as e
     a = e.rtx() if rtx else e.api()
     if calibration and (len(graphs) > 1 or Path(graphs[0]).is_dir()): raise InputError('--calibration is of one graph: build one .onnx file at a time with it')
-    kwargs = dict(precision=tuple(p for p in precision or ('fp16','int8') if p != 'fp32'), workspace=workspace and workspace<<20, level=level, timing_cache=timing_cache, keep_fp32=tuple(keep_fp32 or ()), force=force, capability=rtx, trt=a.trt, progress=sys.stderr.isatty())
+    kwargs = dict(precision=tuple(p for p in precision or ('fp16','int8') if p != 'fp32'), workspace=workspace and workspace<<20, level=level, timing_cache=timing_cache, keep_fp32=tuple(keep_fp32 or ()), layers=_precisions(layers), dla=_cores(dla), force=force, capability=rtx, trt=a.trt, progress=sys.stderr.isatty())
     free,records = _axes(dynamic),{}
     for g in graphs:
         if Path(g).is_dir(): records.update({f'{g}/{k}':r for k,r in e.build_engines(g, out, **kwargs).items()}); continue
         plan = Path(out or Path(g).parent)/f'{Path(g).stem}.plan'
-        records[g] = e.build_engine(g, plan, dynamic=free, calibration=calibration, dla=dla, **kwargs)
+        records[g] = e.build_engine(g, plan, dynamic=free, calibration=calibration, **kwargs)
     for k,r in records.items():
         print(f"{k}: {r['plan']}, {r['bytes']/1e6:.2f} MB, "+('stands already' if r['cached'] else f"built in {r['seconds']['build']:.1f} s")+f" by {r['builder']} for {r['gpu']}; {r['precision']['typing']}ly typed, "+(' and '.join(['fp32', *r['precision']['applied']]))+(f" ({r['precision']['note']})" if r['precision']['note'] else ''))
     if json: write_json(records, json)
+
+def _precisions(texts):
+    "`PATTERN=PRECISION …` as a table."
+    if odd := [t for t in texts or () if '=' not in t]: raise InputError(f'--layers {odd[0]}: write PATTERN=PRECISION')
+    return dict(t.rpartition('=')[::2] for t in texts or ())
+
+def _cores(texts):
+    "`0` as a number, `PATTERN=0 …` as a table."
+    res = _shares(texts, 'dla') or {}
+    if odd := [v for v in res.values() if v not in (0,1)]: raise InputError(f'--dla {odd[0]:g}: an Orin has the DLA cores 0 and 1')
+    return int(res['*']) if res and '=' not in texts[0] else {k:int(v) for k,v in res.items()} or None
 
 def _axes(texts):
     "`n1=1,4000,8000` as a table."
@@ -662,15 +675,33 @@ def _axes(texts):
 def inspect(
     engine:str,               # a .plan file
     feeds:str=None,           # inputs of a frame (.npz): time each layer on this machine first
+    kernels:bool=False,       # with --feeds: the kernels that the GPU runs, by CUPTI
+    quantized:str=None,       # the Q/DQ graph: which of its products run in 8 bits
     depth:int=2,              # parts of a name that make a module
     json:str=None,            # write all of it to this file
 ):
     "Layers of an engine: precision, format, tactic, nodes of the graph, reformats, time."
     check_writable(json)
     from bevorin.deploy.inspect import inspect as look,time_layers
-    if feeds: time_layers(engine, _npz(feeds)[0])
+    if kernels and not feeds: raise InputError('--kernels: give --feeds too, the inputs of a frame to run')
+    launched = None
+    if feeds:
+        x = _npz(feeds)[0]
+        if kernels:
+            from bevorin.deploy.engine import TensorrtEngine
+            from bevorin.deploy.inspect import kernels as launches
+            with TensorrtEngine(engine) as e: launched = launches(e, x)
+        time_layers(engine, x)
     i = look(engine, depth)
     print(i)
+    if launched:
+        i['kernels'] = launched
+        print('\n'.join(['', '| kernel | launches | ms | 8-bit product |', '|---|---:|---:|---|', *(f"| {k['name'][:100]} | {k['launches']:g} | {k['ms']:.4f} | {'yes' if k['product'] and k['eight_bit'] else ''} |" for k in launched)]))
+    if quantized:
+        from bevorin.deploy.inspect import int8_layers
+        i['int8'] = r = int8_layers(quantized, i, launched)
+        print(f"\n{r['int8']} of {r['products']} quantised products run in 8 bits")
+        for why,names in r['not_int8'].items(): print(f"  not: {why}: {', '.join(names)}")
     if json: i.save(json)
 
 def _npz(path):
@@ -690,7 +721,7 @@ def compare(
     feeds:str=None,           # of .onnx files: inputs of a frame (.npz)
     graph:str=None,           # of folders: this graph alone; of saved runs: the candidate's .onnx file
     engine:str='onnxruntime', # what computes the candidate: onnxruntime or tensorrt
-    chunks:int=4,             # builds, each with every n-th tensor marked
+    chunks:int=None,          # builds, each with every n-th tensor marked; by default 4, with TensorRT 0: one, with what the engine keeps anyway
     repair:bool=False,        # find the shortest list of layers out of INT8 that repairs it
     save:str=None,            # keep the runs as SAVE.GRAPH.reference and SAVE.GRAPH.candidate (.npz and .json)
     html:str=None,            # write the page; of several graphs NAME.GRAPH.html
@@ -699,7 +730,8 @@ def compare(
     "Where the error of an engine enters, layer by layer."
     check_writable(json, html)
     if engine not in ('onnxruntime','tensorrt'): raise InputError(f'--engine {engine!r} is not onnxruntime or tensorrt')
-    if chunks < 1: raise InputError(f'--chunks must be 1 or more, not {chunks}')
+    if chunks is None: chunks = 0 if engine == 'tensorrt' else 4
+    if chunks < (engine != 'tensorrt'): raise InputError(f'--chunks must be 1 or more, not {chunks}')
     import tempfile
     from bevorin.deploy import layers as l
     from bevorin.deploy.dla import Net
@@ -719,7 +751,7 @@ def compare(
         for k,(a,b,x) in parts.items():
             page = html and str(Path(html).with_suffix(f'.{k}.html') if len(parts) > 1 else html)
             saved = isinstance(a, l.Run)
-            runs = (a, b) if saved else (l.record(a, x, chunks), l.record(b, x, chunks, opens=opens))
+            runs = (a, b) if saved else (l.record(a, x, chunks or 1), l.record(b, x, chunks, opens=opens))
             if save and not saved:
                 for side,r in zip(('reference','candidate'), runs): r.save(f'{save}.{k}.{side}')
             res = l.compare_runs(*runs, Net(x if saved else b))

@@ -189,7 +189,7 @@ def _fewest(job, model, recipe, cfg, frames):
     from bevorin.optimize.mixed import keep_float,layer_damage,search
     some = list(frames)
     found = layer_damage(model, cfg, some, _voxels(model, _first_cloud(job, cfg)), job.work/'layers.jsonl', progress=job.progress)
-    mixed = search(model, found, some, job.settings['budget'])
+    mixed = search(model, found, some, job.settings['budget'], journal=job.work/'lists.jsonl', progress=job.progress)
     write_json(mixed, job.folder/'mixed.json')
     return keep_float(model, recipe, mixed['keep'])
 
@@ -285,6 +285,8 @@ def _builder(wanted):
         except InputError as e: why.append(str(e))
     return None,'; '.join(why)
 
+def _options(s, model): return dict(precision=['fp16']*(s['precision'] == 'fp16')+['int8']*(model == 'int8'), layers=s['layers'], dla=s['dla'])
+
 def build(job):
     "Stage `build`: engines, or the proof that they can be built."
     from bevorin.deploy.engine import build_engines,rtx
@@ -296,11 +298,12 @@ def build(job):
         job.says = 'not built: no TensorRT here'
         write_json(dict(built=None, why=why), job.folder/'build.json')
         return {}
+    if how != 'tensorrt' and (s['layers'] or s['dla'] is not None): job.notes.append('build.layers and build.dla are left out: TensorRT-RTX takes precisions from the graph and has no DLA')
     records = {}
     for model in s['models']:
         out = job.work/model
         out.mkdir(exist_ok=True)
-        options = dict(precision=(['fp16'] if s['precision'] == 'fp16' else [])+(['int8'] if model == 'int8' else [])) if how == 'tensorrt' else dict(trt=rtx().trt, capability='SM86', precision=())
+        options = _options(s, model) if how == 'tensorrt' else dict(trt=rtx().trt, capability='SM86', precision=())
         records[model] = build_engines(job.inputs[f'export/{model}'], out, timing_cache=job.work/'timing.cache' if how == 'tensorrt' else None, progress=job.progress, **options)
         if how == 'tensorrt': shutil.copytree(out, job.folder/model); shutil.copy(job.inputs[f'export/{model}']/'spec.json', job.folder/model)
     write_json(dict(built=how, models=records), job.folder/'build.json')

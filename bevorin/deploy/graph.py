@@ -156,7 +156,7 @@ def fold_norms(graph):
         shift,name = beta-mean*scale,base_name(n.inputs[1]).rpartition('.')[0] or 'norm'
         new = lambda what,a: add_constant(graph, f'{name}.{what}', a.astype(np.float32))
         prev = x.producer()
-        fits = prev is not None and prev.op_type in _channel and alone(x) and attribute(prev, 'group', 1) == 1 and constant(prev.inputs[1]) is not None
+        fits = prev is not None and prev.op_type in _channel and alone(x) and attribute(prev, 'group', 1) == 1 and constant(prev.inputs[1]) is not None and _bias(prev) is not None
         if fits: _into_weight(graph, prev, scale)
         else: x = put(n, 'Mul', x, new('scale', scale.reshape(tail)))
         if fits and prev.op_type != 'MatMul': become(n, _with_bias(prev, scale, shift, new))
@@ -166,8 +166,14 @@ def _into_weight(graph, node, scale):
     w = constant(node.inputs[1])
     node.replace_input_with(1, add_constant(graph, base_name(node.inputs[1]), (w*scale.reshape(_channel[node.op_type](w.ndim))).astype(np.float32)))
 
+def _bias(node):
+    "Its numbers (PyTorch writes a wide one of zeros as `Expand`), 0 where there is none, None where it is computed."
+    if len(node.inputs) < 3 or node.inputs[2] is None: return 0
+    prev = node.inputs[2].producer()
+    return constant(prev.inputs[0] if prev is not None and prev.op_type == 'Expand' else node.inputs[2])
+
 def _with_bias(node, scale, shift, new):
-    old = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0
+    old = _bias(node)
     node.resize_inputs(3)
     node.replace_input_with(2, new('bias', old*scale+shift))
     return node.outputs[0]

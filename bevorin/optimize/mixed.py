@@ -6,21 +6,28 @@
 __all__ = ['LayerDamage', 'layer_damage', 'Mixed', 'search', 'damage_of', 'keep_float']
 
 # %% ../../nbs/optimize/02a_mixed.ipynb #4506c521
+import copy,math
+import numpy as np
+import torch
 import torch.nn as nn
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..core import InputError
 from .complexity import complexity
 from .quantize import enable,quantized_layers,unwrap
-from .sensitivity import Journal,Reference,digest_of,touched_by
+from .sensitivity import Journal,Reference,batch_statistics,digest_of,touched_by
 
 # %% ../../nbs/optimize/02a_mixed.ipynb #75e13e78
 class LayerDamage(dict):
     "Damage and operations of every quantised layer, as plain data."
     def __repr__(self): return f"{len(self['layers'])} layers measured on {self['frames']} batches; all of them in INT8: {self['all']:.3g}"
     def rows(self)->list:
-        "Layers by damage for each share of operations, the dearest first."
-        return sorted(self['layers'], key=lambda r: -r['damage']/max(r['macs'], 1e-9))
+        "Layers by squared damage for each share of operations, the dearest first."
+        return sorted(self['layers'], key=lambda r: -r['damage']**2/max(r['macs'], 1e-9))
+
+def _sums(inputs):
+    "What tells batches apart, for a journal."
+    return [round(sum(float(t.double().sum()) for k in ('images','points') if k in x for t in x[k]), 2) for x in inputs]
 
 def layer_damage(
     model:nn.Module,      # of `quantize`, with all layers that could be asked for
@@ -40,7 +47,7 @@ def layer_damage(
     enable(model, '*', False)
     try:
         ref = Reference(model, batches)
-        log = Journal(journal, digest_of(model, dict(frames=len(batches), voxels=voxels, layers=sorted(layers)))) if journal else None
+        log = Journal(journal, digest_of(model, dict(frames=_sums(ref.inputs), voxels=voxels, layers=sorted(layers)))) if journal else None
         done = {r['name']:r for r in (log.rows if log else ())}
         for n in tqdm(names or list(layers), desc='layers', disable=not progress):
             if n in done: continue
@@ -58,49 +65,119 @@ class Mixed(dict):
     def __repr__(self): return f"{len(self['keep'])} of {len(self['layers'])} layers stay in floating point: {100*self['int8_share']:.1f} % of the operations in INT8, damage {self['damage']:.3g}"
 
 class _Together:
-    "Damage of the model with some layers in floating point; each list is measured once."
-    def __init__(self, model, batches):
+    "Damage of the model with some layers in floating point: each list is measured once, and a branch only where its layers changed."
+    def __init__(self, model, batches, journal=None):
         enable(model, '*', False)
-        self.model,self.ref,self.seen = model,Reference(model, batches),{}
-        enable(model)
-        self.names = list(quantized_layers(model))
+        try: self.model,self.ref = model,Reference(model, batches)
+        finally: enable(model)
+        self.seen,self.maps = {},{}
+        self.log = Journal(journal, digest_of(model, dict(together=sorted(quantized_layers(model)), frames=_sums(self.ref.inputs)))) if journal else None
+        self.known = {frozenset(r['keep']):r['damage'] for r in (self.log.rows if self.log else ())}
+
+    def branches(self, keep):
+        "BEV maps of each batch; the last two of each branch are held."
+        res = {}
+        for b in self.ref.maps[0]:
+            key = (b, frozenset(n for n in keep if b in touched_by([n])))
+            if key not in self.maps:
+                with batch_statistics(self.model.eval()): self.maps[key] = [self.ref.branches(self.model, x, dict.fromkeys(set(m)-{b}))[b] for x,m in zip(self.ref.inputs, self.ref.maps)]
+            self.maps[key] = res[b] = self.maps.pop(key)
+            for old in [k for k in self.maps if k[0] == b][:-2]: del self.maps[old]
+        return [dict(zip(res, m)) for m in zip(*res.values())]
+
+    @torch.no_grad()
+    def measure(self, keep):
+        ref = copy.copy(self.ref)
+        for n in keep: enable(self.model, n, False)
+        try:
+            ref.maps = self.branches(keep)
+            return round(ref.damage(self.model, ()), 7)
+        finally: enable(self.model)
 
     def __call__(self, keep):
         key = frozenset(keep)
-        if key not in self.seen:
-            for n in keep: enable(self.model, n, False)
-            self.seen[key] = self.ref.damage(self.model, touched_by(set(self.names)-key))
-            for n in keep: enable(self.model, n)
-        return self.seen[key]
+        if key not in self.known:
+            self.known[key] = self.measure(key)
+            if self.log: self.log.add(dict(keep=sorted(key), damage=self.known[key]))
+        return self.seen.setdefault(key, self.known[key])
+
+# %% ../../nbs/optimize/02a_mixed.ipynb #a7a2f4a0
+def _worth(rows, seen):
+    "Squared damage that each layer saves in floating point, and the covariance of that."
+    single,whole = np.array([r['damage']**2 for r in rows]),seen[frozenset()]**2
+    x,saved = np.array([[r['name'] in k for r in rows] for k in seen], float),whole-np.array([*seen.values()])**2
+    first = x@single
+    mean = single*(max(first@saved, 0)/(first@first) if first.any() else 1)
+    cov = np.diag((mean+.1*mean.mean())**2)/4
+    gain = cov@x.T@np.linalg.inv(x@cov@x.T+np.eye(len(x))*((.02*whole)**2+1e-18))
+    return mean+gain@(saved-x@mean),cov-gain@x@cov
+
+def _pack(order, macs, worth, share, need):
+    "Layers in this order that are worth something, as far as the share allows, until enough is saved."
+    keep,part,saved = [],0.,0.
+    for n in order:
+        if saved < need and worth[n] > 0 and part+macs[n] <= share+1e-9: keep.append(n); part += macs[n]; saved += worth[n]
+    return frozenset(keep)
+
+def _moves(keep, order, pack):
+    "Lists one step away: a layer comes, goes, or both; what then does not fit, or is worth nothing, goes too."
+    inside,outside = ([n for n in order if (n in keep) == i] for i in (True,False))
+    return list(dict.fromkeys(pack([*a, *(n for n in inside if n not in d)]) for d in ((),*zip(inside)) for a in ((),*zip(outside))))
+
+# %% ../../nbs/optimize/02a_mixed.ipynb #3016d7f0
+def _prefix(order, together, budget):
+    "The shortest beginning of the order that keeps the budget."
+    if together(order) > budget: raise InputError(f"search: with all measured layers in floating point the damage is still {together(order):.3g}, above {budget}: measure all layers")
+    low,high = 0,len(order)
+    while low < high:
+        mid = (low+high)//2
+        low,high = (low,mid) if together(order[:mid]) <= budget else (mid+1,high)
+    return order[:high]
+
+def _next(keep, rows, seen, macs, share, budget):
+    "The most hopeful step from a list to one that was not measured yet."
+    mean,cov = _worth(rows, seen)
+    names,worth = list(macs),dict(zip(macs, mean))
+    need = math.inf if budget is None else seen[frozenset()]**2-budget**2
+    order = sorted(names, key=lambda n: -worth[n]/max(macs[n], 1e-9))
+    moves = [k for k in _moves(keep, order, lambda o: _pack(o, macs, worth, math.inf if share is None else share, need)) if k not in seen]
+    if not moves: return keep
+    x = np.array([[n in k for n in names] for k in moves], float)
+    saved,step = x@mean,x-[n in keep for n in names]
+    if share is None: return moves[np.lexsort((-saved, (x*[*macs.values()]).sum(1), saved < need))[0]]
+    return moves[np.argmax(saved+np.sqrt(np.maximum((step@cov*step).sum(1), 0)))]
 
 def search(
     model:nn.Module,      # as measured
     measured:LayerDamage,
-    batches,              # dicts of a loader
+    batches,              # dicts of a loader, better other ones than for `measured`
     budget:float=None,    # largest damage
     share:float=None,     # or: largest share of operations in floating point
-    trials:int=12,        # layers that may go back to INT8, the largest first
+    trials:int=40,        # lists that are measured after the starts
+    starts=(),            # lists to begin from besides its own, such as one written by hand
+    journal=None,         # a file: measured lists are kept there, and a stopped search goes on
+    progress:bool=True,
 )->Mixed:
-    "The layers to keep in floating point."
+    "The layers to keep in floating point: the best of the starts, improved step by step by the damage of all that is rounded together."
     if (budget is None) == (share is None): raise InputError('search wants either a budget of damage or a share of operations')
     if not 0 <= (budget if share is None else share) < 10: raise InputError(f'search: {budget if share is None else share} is no budget')
-    rows,together = measured.rows(),_Together(model, list(batches))
-    macs = {r['name']:r['macs'] for r in rows}
-    if share is not None:
-        keep,left = [],share
-        for r in rows:
-            if r['macs'] <= left and r['damage'] > 0: keep.append(r['name']); left -= r['macs']
-    else:
-        low,high = 0,len(rows)
-        if together([r['name'] for r in rows]) > budget: raise InputError(f"search: with all measured layers in floating point the damage is still {together([r['name'] for r in rows]):.3g}, above {budget}: measure all layers")
-        while low < high:
-            mid = (low+high)//2
-            low,high = (low,mid) if together([r['name'] for r in rows[:mid]]) <= budget else (mid+1,high)
-        keep = [r['name'] for r in rows[:high]]
-        for n in sorted(keep, key=macs.get, reverse=True)[:trials]:
-            if together([k for k in keep if k != n]) <= budget: keep.remove(n)
-    points = [dict(keep=len(k), int8_share=round(1-sum(macs[n] for n in k), 4), damage=round(d, 6)) for k,d in [(frozenset(keep),together(keep)), *together.seen.items()]]
-    return Mixed(keep=keep, damage=points[0]['damage'], int8_share=points[0]['int8_share'], budget=budget, share=share, layers=measured['layers'], tried=points[1:])
+    rows,starts = measured.rows(),[frozenset(s) for s in starts]
+    macs,alone = ({r['name']:r[k] for r in rows} for k in ('macs','damage'))
+    part = lambda keep: math.fsum(macs[n] for n in keep)
+    if odd := sorted(n for s in starts for n in s if n not in macs): raise InputError(f'search: {odd[0]}, of a start, was not measured')
+    if over := [part(s) for s in starts if share is not None and part(s) > share+1e-9]: raise InputError(f'search: a start keeps {over[0]:.4f} of the operations in floating point, more than the share of {share:.4f}')
+    together = _Together(model, list(batches), journal)
+    rank = lambda keep: (together(keep), part(keep)) if budget is None else (together(keep) > budget, part(keep), together(keep))
+    together(())
+    if budget is None: own = [_pack(o, macs, alone, share, math.inf) for o in (macs, sorted(macs, key=lambda n: -alone[n]/max(macs[n], 1e-9)))]
+    else: own = [frozenset(_prefix(list(macs), together, budget))]
+    keep = min([*own, *starts], key=rank)
+    for _ in tqdm(range(trials), desc='lists', disable=not progress):
+        new = _next(keep, rows, together.seen, macs, share, budget)
+        if new == keep: break
+        keep = min(keep, new, key=rank)
+    point = lambda k: dict(keep=len(k), int8_share=round(1-part(k), 4), damage=round(together(k), 6))
+    return Mixed(point(keep), keep=[n for n in macs if n in keep], budget=budget, share=share, layers=measured['layers'], starts=[point(s) for s in dict.fromkeys([*starts, *own])], tried=[point(k) for k in together.seen])
 
 def damage_of(
     model:nn.Module,      # of `quantize`
