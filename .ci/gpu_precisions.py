@@ -140,7 +140,7 @@ class Task:
         from bevorin.deploy.engine import TensorrtEngine
         from bevorin.deploy.runtime import OnnxEngine
         out = self.work/self.a.precision
-        if self.a.onnxruntime: return {k:OnnxEngine(out/f'{k}.clean.onnx' if self.a.precision == 'cache' else self.folder/g['file']) for k, g in self.spec['graphs'].items()}
+        if self.a.onnxruntime: return {k:OnnxEngine(f) for k, g in self.spec['graphs'].items() for f in [out/f'{k}.clean.onnx' if self.a.precision == 'cache' else self.folder/g['file']] if f.is_file()}
         return {k:TensorrtEngine(out/f'{k}.plan') for k in self.spec['graphs'] if (out/f'{k}.plan.json').is_file()}
 
     def measure(self):
@@ -338,7 +338,7 @@ def run(a):
     except (OSError, ValueError): res = dict(format=1, what='precisions of exported graphs on one GPU', kind='tried with ONNX Runtime' if a.onnxruntime else 'measured', settings=dict(runs=a.runs, warmup=a.warmup, level=a.level, chunks=a.chunks, calibration_frames=a.calibrate, built_at_a_time=a.at_once*len(gpus), gpus=len(gpus)), machine=hardware(), jobs={})
     jobs = {j[0]:j for j in jobs_of(a)}
     for name, j in jobs.items(): res['jobs'].setdefault(name, dict(started=now(), fp32=Path(j[1]).name, int8=Path(j[2]).name, steps={}))
-    todo = sorted(((r, i, name, p, step, limit) for name, j in jobs.items() for i, (r, p, step, limit) in enumerate(steps(j[1], j[4], a)) if 'value' not in res['jobs'][name]['steps'].get(f'{p}.{step}', {})), key=lambda o: o[:2])
+    todo = sorted(((r, i, name, p, step, limit) for name, j in jobs.items() for i, (r, p, step, limit) in enumerate(steps(j[1], j[4], a)) if f'{p}.{step}' not in a.skip and 'value' not in res['jobs'][name]['steps'].get(f'{p}.{step}', {})), key=lambda o: o[:2])
     for turn in range(4):
         waiting, running = [o for o in todo if o[0] == turn], []
         while waiting or running:
@@ -441,6 +441,7 @@ def main():
     ap.add_argument('--out', default='precisions.json'); ap.add_argument('--work', default='/tmp/precisions')
     ap.add_argument('--budget', type=float, default=540, help='seconds in all'); ap.add_argument('--limit', type=float, default=200, help='of one measurement'); ap.add_argument('--build-limit', type=float, default=200, dest='build_limit', help='of one build')
     ap.add_argument('--at-once', type=int, default=1, dest='at_once', help='processes on each GPU but for the times'); ap.add_argument('--runs', type=int, default=200); ap.add_argument('--warmup', type=int, default=20); ap.add_argument('--level', type=int, default=2, help='optimisation level of the builder; -1 for its own default, and before 8.6'); ap.add_argument('--chunks', type=int, default=0, help='see bevorin.deploy.layers.record'); ap.add_argument('--calibrate', type=int, default=4, help='frames')
+    ap.add_argument('--skip', nargs='+', default=['cache.build.camera', 'calibrator.build.camera'], help='steps that are not tried; by default what TensorRT 8.6 did not build in four minutes')
     for k in ('repair', 'onnxruntime', 'no-layers'): ap.add_argument(f'--{k}', action='store_true', dest=k.replace('-', '_'))
     a = ap.parse_args()
     if a.what == 'run' and not a.jobs: ap.error('give at least one job')
