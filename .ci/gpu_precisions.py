@@ -255,7 +255,7 @@ class Task:
         net, feeds = Net(self.folder/self.spec['graphs']['camera']['file']), self.feeds('camera', 1)
         norms = [n for n in net.nodes if n.op == 'LayerNormalization']
         if not norms: raise RuntimeError('no LayerNormalization in the camera graph: its target writes norms in elementary operators; give graphs of trt86')
-        kept = set() if self.a.onnxruntime else {t.partition(': ')[0] for r in inspect(self.work/self.a.precision/'camera.plan')['layers'] for t in r['outputs']}
+        kept = set() if self.a.onnxruntime else set(inspect(self.work/self.a.precision/'camera.plan').keeps)
         norms = [n for n in norms if n.outputs[0] in kept] or norms
         n, m = norms[len(norms)//2], copy.deepcopy(net.proto)
         k, opset, new = f'{n.name}/planted', m.opset_import[0].version, []
@@ -369,10 +369,12 @@ def run(a):
 
 def short(res):
     "What is worth keeping."
+    s = res['settings']
+    flags = dict(at_once=s['built_at_a_time']//s['gpus'], level=s['level'], runs=s['runs'], chunks=s['chunks'], calibrate=s['calibration_frames'])
     cut = lambda v: None if v is None else round(v, 3)
     noise = lambda c: {g:{o:r['sqnr_db'] and round(r['sqnr_db'], 1) for o, r in part['outputs'].items() if 'sqnr_db' in r} for g, part in c['graphs'].items()}
     out = dict(what='TensorRT engines of exported graphs on one GPU: built in each precision, timed, held against ONNX Runtime', kind=res['kind'], date=res['machine']['date'][:10], hardware=res['machine'].get('gpu'), cpu=res['machine'].get('cpu'), cores=res['machine']['cores'], python=res['machine']['python'], versions=res['machine']['versions'], settings=res['settings'],
-               note='times: inputs already on the GPU, one engine alone on it, by CUDA events', command='python .ci/gpu_precisions.py run '+' '.join(f'{n}=FP32:INT8:FRAMES' for n in res['jobs']), jobs={})
+               note='times: inputs already on the GPU, one engine alone on it, by CUDA events', command='python .ci/gpu_precisions.py run '+' '.join([*(f'{n}=FP32:INT8:FRAMES' for n in res['jobs']), *(f"--{k.replace('_', '-')} {v}" for k, v in flags.items())]), jobs={})
     for name, j in res['jobs'].items():
         job = out['jobs'][name] = dict(precisions={}, failed={k:re.sub(r'/\S*/', '', s['error'])[:200] for k, s in j['steps'].items() if 'error' in s})
         for key, s in j['steps'].items():

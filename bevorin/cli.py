@@ -730,8 +730,9 @@ def compare(
     "Where the error of an engine enters, layer by layer."
     check_writable(json, html)
     if engine not in ('onnxruntime','tensorrt'): raise InputError(f'--engine {engine!r} is not onnxruntime or tensorrt')
-    if chunks is None: chunks = 0 if engine == 'tensorrt' else 4
-    if chunks < (engine != 'tensorrt'): raise InputError(f'--chunks must be 1 or more, not {chunks}')
+    least,usual = (0,0) if engine == 'tensorrt' else (1,4)
+    if chunks is None: chunks = usual
+    if chunks < least: raise InputError(f'--chunks must be {least} or more, not {chunks}')
     import tempfile
     from bevorin.deploy import layers as l
     from bevorin.deploy.dla import Net

@@ -241,11 +241,11 @@ def _int8(job, config, weights):
     cfg = load_config(job.inputs[config])
     return load_quantized(cfg, job.inputs[weights].parent)[0],cfg
 
-def _known(target, lidar):
+def _sparse_int8(target, lidar):
     "What was measured of the target's TensorRT that speaks against this LiDAR graph."
     from bevorin.deploy.dla import Net
     if target != 'trt86' or not Path(lidar).is_file() or not (n := len(Net(lidar).scales)): return []
-    return [f'{n} inputs of the sparse encoder are quantised, and TensorRT 8.6 multiplies none of them in 8 bits (measured, see the page Inside an engine): it is slower so; add encoders.lidar* to quantize.keep']
+    return [f'quantised inputs of the sparse encoder: {n}; TensorRT 8.6 multiplies none of them in 8 bits and is slower with them (measured on a GPU, see the page Inside an engine): add encoders.lidar* to quantize.keep']
 
 def export(job):
     "Stage `export`: the graphs of each model."
@@ -261,7 +261,7 @@ def export(job):
                 write_graphs(net, cfg, attempt, s['target'], f"{s['name']}-{model}", progress=job.progress)
                 done.touch()
             shutil.copytree(attempt, job.folder/model)
-        job.notes += _known(s['target'], job.folder/model/'lidar.onnx')
+        job.notes += _sparse_int8(s['target'], job.folder/model/'lidar.onnx')
         sizes[model] = sum(g['bytes'] for g in read_json(job.folder/model/'spec.json')['graphs'].values())
     job.says = ', '.join(f'{k} {v/1e6:.2f} MB' for k,v in sizes.items())
     return {f'{k}.graph_bytes':metric(v, 'B', 'counted') for k,v in sizes.items()}

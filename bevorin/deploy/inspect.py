@@ -60,6 +60,10 @@ class Inspection(dict):
     "Layers of an engine; shown as a table."
     @property
     def reformats(self): return [r for r in self['layers'] if r['reformat']]
+    @property
+    def keeps(self):
+        "Names of the tensors between its layers."
+        return [t.partition(': ')[0] for r in self['layers'] for t in r['outputs']]
 
     def _repr_markdown_(self):
         cell = lambda v: '' if v is None else f'{v:.3f}'
@@ -121,7 +125,7 @@ def time_layers(
 # %% ../../nbs/deploy/03a_inspect.ipynb #a1b2c783
 _cupti_names = ('libcupti.so', *(f'libcupti.so.{v}' for v in (13,12,'11.8','11.4')), '/usr/local/cuda/extras/CUPTI/lib64/libcupti.so', '/usr/local/cuda/lib64/libcupti.so')
 _kernel_kinds,_start,_end,_name = (3,10),16,24,104
-_eight = re.compile(r'i8i8|i8f|(?:^|_)[si]8(?:_|$)|int8|imma|i8816|i16832|8x8x', re.I)
+_eight = re.compile(r'i8i8|i8f|(?:^|_)[si]8(?:_|$)|int8|imma|i8816|i16832', re.I)
 _product = re.compile(r'gemm|conv|fprop|dgrad|mma|matmul', re.I)
 
 def _cupti(path=None):

@@ -75,7 +75,7 @@ def trt_opens(
         plan = Path(folder)/f'{Path(path).stem}.plan'
         build_engine(path, plan, **{'timing_cache':Path(folder)/'timing.cache', **kwargs})
         e = TensorrtEngine(plan)
-        e.about['keeps'] = [t.partition(': ')[0] for r in inspect(plan)['layers'] for t in r['outputs']] if Path(f'{plan}.layers.json').is_file() else []
+        e.about['keeps'] = inspect(plan).keeps if Path(f'{plan}.layers.json').is_file() else []
         return e
     return opens
 
