@@ -404,7 +404,8 @@ def _serialize(a, onnx, s, inputs, timing_cache, progress, calibration=None, kee
 def _why(log, default='no reason given'):
     "The error that says most, and what helps."
     errors = [m for m in log.errors() if not re.search(r'Assertion engine( != nullptr)? failed', m)] or log.errors() or [default]
-    if any('cublas' in m.lower() for _,m in log.lines): return f"{_reason(errors[-1]).rstrip('.')}; cuBLAS, which this version multiplies with, does not load: install the one that it was made with"
+    for lib,sign in (('cuBLAS','cublas'),('cuDNN','symboladdress for cudnn')):
+        if any(sign in m.lower() for _,m in log.lines): return f"{_reason(errors[-1]).rstrip('.')}; {lib}, which this version computes with, does not load: install the one that it was made with"
     for word,advice in (('insufficient workspace','give workspace more bytes, or leave it out: the builder then takes what the device has'), ('out of memory','the memory is full: close what else runs on the GPU, lower workspace, or build one engine at a time'), ('OutOfMemory','the memory is full: close what else runs on the GPU, or lower workspace')):
         for m in errors:
             if word.lower() in m.lower(): return f'{_reason(m)}; {advice}'

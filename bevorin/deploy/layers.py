@@ -82,14 +82,11 @@ def trt_opens(
 def kept_tensors(
     net:Net,
     keeps,        # names of an engine's tensors, as its inspector tells them
-)->dict:
-    "Tensors of the graph that an engine keeps between its layers -> the name to mark for each."
+)->list:
+    "Tensors of the graph that an engine keeps between its layers, quantised ones by what is quantised."
     after = {n.input[0]:n.output[0] for n in net.proto.graph.node if n.op_type == 'DequantizeLinear'}
-    at,res = depths(net),{}
-    for k in keeps:
-        m = after.get(k, k)
-        if net.real.get(m, m) in at: res.setdefault(net.real.get(m, m), m)
-    return res
+    at,real = depths(net),[net.real.get(m, m) for k in keeps for m in [after.get(k, k)]]
+    return [k for k in dict.fromkeys(real) if k in at]
 
 def run_model(
     model,        # an onnx.ModelProto
@@ -117,22 +114,23 @@ def record(
     net,feeds = graph if isinstance(graph, Net) else Net(graph),list(feeds)
     if not feeds: raise InputError(f'{net.name}: there is no frame to record')
     at = depths(net)
-    names = {k:k for k in (at if names is None else names)}
+    names = list(at if names is None else names)
     if odd := [k for k in names if k not in at]: raise InputError(f'{net.name} has no tensor {odd[0]!r} to mark')
     plain,about = run_model(net.proto, feeds, opens)
     keeps = about.pop('keeps', None)
     if not chunks:
         if keeps is None: raise InputError(f"{net.name}: chunks=0 marks what a TensorRT engine keeps between its layers; {about.get('backend', 'this engine')} does not tell, give 1 or more")
-        found = {k:m for k,m in kept_tensors(net, keeps).items() if k in names}
+        found = [k for k in kept_tensors(net, keeps) if k in names]
         names,chunks = (found, 1) if set(found)-{net.real.get(o, o) for o in net.outputs} else (names, 3)
-    tensors,values,moved = {},{},[]
+    tensors,values,moved,loose = {},{},[],after_choice(net)
+    outputs = [o for o in net.outputs if net.real.get(o, o) not in loose] or net.outputs
     for k in net.inputs:
         if np.asarray(feeds[0][k]).dtype.kind == 'f': _keep(k, [f[k] for f in feeds], None, most, tensors, values)
     for c in range(min(chunks, len(names))):
-        part = dict(list(names.items())[c::chunks])
-        got,_ = run_model(mark(net, part.values()), feeds, opens)
-        for k,m in part.items(): _keep(k, [o[m] for o in got], c, most, tensors, values)
-        moved.append(_least_sqnr(plain, got, net.outputs))
+        part = names[c::chunks]
+        got,_ = run_model(mark(net, part), feeds, opens)
+        for k in part: _keep(k, [o[k] for o in got], c, most, tensors, values)
+        moved.append(_least_sqnr(plain, got, outputs))
     return Run(dict(graph=net.name, engine=about, frames=len(feeds), chunks=chunks, most=most, marked_sqnr_db=moved), tensors, values)
 
 def _keep(k, frames, chunk, most, tensors, values):
