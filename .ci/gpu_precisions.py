@@ -245,7 +245,12 @@ class Task:
         return dict(planted=tensor, factor=8, scale_named=[o['tensor'] for o in f if o['kind'] == 'scale'] == [tensor], jump=next((o['tensor'] for o in f if o['kind'] == 'jump'), None), readers=[o for n in wrong.readers.get(tensor, []) for o in n.outputs], findings=f, repair=fix)
 
     def overflow(self):
-        "A layer norm by hand, its variance in one pass and its input times 1,000, in FP16: squares leave its range; what is named, and whether FP32 there repairs it. (TensorRT 8.6 knows the usual two passes and computes them in FP32: planted so, nothing overflowed.)"
+        "A layer norm by hand, its variance in one pass and its input times 1,000, in FP16: squares leave its range; what is named, and whether FP32 there repairs it. (TensorRT 8.6 knows the usual two passes: planted so, nothing overflowed.)"
+        import numpy as np
+        from onnx import helper, numpy_helper
+        from bevorin.deploy import layers as l
+        from bevorin.deploy.dla import Net
+        from bevorin.deploy.inspect import inspect
         net, feeds = Net(self.folder/self.spec['graphs']['camera']['file']), self.feeds('camera', 1)
         norms = [n for n in net.nodes if n.op == 'LayerNormalization']
         if not norms: raise RuntimeError('no LayerNormalization in the camera graph: its target writes norms in elementary operators; give graphs of trt86')
