@@ -281,20 +281,25 @@ def svg(
         if k and (r := next((r for r in rows if r['tensor'] == k), None)): out.append('<text x="%d" y="%d" fill="#d22">%s</text>' % (min(place(r)[0]+8, w-200), place(r)[1]-6, html.escape(k)))
     return ''.join(out)+'</svg>'
 
-def page(
-    layers:Layers, path,
-    title='Layer by layer',
-):
-    "Write the HTML page."
+def _tables(layers):
+    "Every tensor, and every quantiser, as HTML."
     esc,cell = html.escape,lambda v: '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
     heads = ('depth','tensor','op','shape','peak','not finite','max abs','of range','cosine','SQNR dB','added dB','outputs of that build, dB')
     named = {f['tensor'] for f in layers.findings()}
     row = lambda r: f'<tr class="{"bad" if r["tensor"] in named else "" if r["judged"] else "loose"}">'+''.join(f'<td>{esc(cell(v))}</td>' for v in (r['depth'], r['tensor'], r['op'], 'x'.join(map(str, r['shape'])), r['peak'], r['not_finite'] or '', r['max_abs'], r['max_of_range'], r['cosine'], r['sqnr_db'], r['added_db'], r['marked_sqnr_db']))+'</tr>'
     scales = ''.join(f'<tr class="{"bad" if s["wrong"] else ""}">'+''.join(f'<td>{esc(cell(s[k]))}</td>' for k in ('loses_db','tensor','scale','best','sqnr_db','best_sqnr_db'))+'</tr>' for s in sorted(layers['scales'], key=lambda s: -s['loses_db']))
+    text = f'<table><tr>{"".join(f"<th>{k}</th>" for k in heads)}</tr>{"".join(map(row, layers["rows"]))}</table>'
+    return text+(f'<h2>Quantisers</h2><table><tr><th>loses dB</th><th>tensor</th><th>scale</th><th>best</th><th>SQNR dB</th><th>best SQNR dB</th></tr>{scales}</table>' if scales else '')
+
+def page(
+    layers:Layers, path,
+    title='Layer by layer',
+):
+    "Write the HTML page."
+    esc = html.escape
     said = ''.join(f"<li>{esc(f['says'])}</li>" for f in layers.findings()) or '<li>nothing beyond the limit</li>'
     side = lambda k: esc(f"{layers[k]['graph']} in {layers[k]['engine'].get('backend')} {layers[k]['engine'].get('version')}")
-    text = f'<!doctype html><meta charset="utf-8"><title>{esc(title)}</title><style>{_css}</style><h1>{esc(title)}</h1><p>Reference: {side("reference")}. Candidate: {side("candidate")}. {layers["candidate"]["frames"]} frame(s). Grey rows lie behind a discrete choice and are not judged.</p><ul>{said}</ul>{svg(layers)}<table><tr>{"".join(f"<th>{k}</th>" for k in heads)}</tr>{"".join(map(row, layers["rows"]))}</table>'
-    if scales: text += f'<h2>Quantisers</h2><table><tr><th>loses dB</th><th>tensor</th><th>scale</th><th>best</th><th>SQNR dB</th><th>best SQNR dB</th></tr>{scales}</table>'
+    text = f'<!doctype html><meta charset="utf-8"><title>{esc(title)}</title><style>{_css}</style><h1>{esc(title)}</h1><p>Reference: {side("reference")}. Candidate: {side("candidate")}. {layers["candidate"]["frames"]} frame(s). Grey rows lie behind a discrete choice and are not judged.</p><ul>{said}</ul>{svg(layers)}{_tables(layers)}'
     with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/deploy/04a_layers.ipynb #ce3246b7
