@@ -245,7 +245,7 @@ class Task:
         return dict(planted=tensor, factor=8, scale_named=[o['tensor'] for o in f if o['kind'] == 'scale'] == [tensor], jump=next((o['tensor'] for o in f if o['kind'] == 'jump'), None), readers=[o for n in wrong.readers.get(tensor, []) for o in n.outputs], findings=f, repair=fix)
 
     def overflow(self):
-        "A layer norm by hand, its variance in one pass and its input times 1,000, in FP16: squares leave its range; what is named, and whether FP32 there repairs it. (TensorRT 8.6 knows the usual two passes: planted so, nothing overflowed.)"
+        "A layer norm by hand, its variance in one pass, its input times 1,000, held in FP16: squares leave its range; what is named, and whether FP32 there repairs it. (TensorRT 8.6 knows the usual two passes: planted so, nothing overflowed.)"
         import numpy as np
         from onnx import helper, numpy_helper
         from bevorin.deploy import layers as l
@@ -257,12 +257,13 @@ class Task:
         if not self.a.onnxruntime and not (self.work/self.a.precision/'camera.plan.json').is_file(): self.build('camera')
         kept = set() if self.a.onnxruntime else set(inspect(self.work/self.a.precision/'camera.plan').keeps)
         norms = [n for n in norms if n.outputs[0] in kept] or norms
-        n, m = norms[len(norms)//2], copy.deepcopy(net.proto)
-        k, opset, new = f'{n.name}/planted', m.opset_import[0].version, []
+        n, m, new = norms[len(norms)//2], copy.deepcopy(net.proto), []
+        k, how, folder = f'{n.name}/planted', self.options('camera'), self.work/'marked'/f'{self.a.precision}.{self.a.step}'
+        folder.mkdir(parents=True, exist_ok=True)
         keep = lambda name, v: (m.graph.initializer.append(numpy_helper.from_array(v, f'{k}/{name}')), f'{k}/{name}')[1]
-        op = lambda kind, out, *ins, **kw: (new.append(helper.make_node(kind, list(ins), [out], name=out, **kw)), out)[1]
-        axes = keep('axes', np.array([-1]))
-        mean = lambda x, out: op('ReduceMean', out, x, axes) if opset >= 18 else op('ReduceMean', out, x, axes=[-1])
+        op = lambda kind, out, *ins, **kw: (new.append(helper.make_node(kind, list(ins), [out], name=f'{k}/{kind}{len(new)}', **kw)), out)[1]
+        axes, old = keep('axes', np.array([-1])), m.opset_import[0].version < 18
+        mean = lambda x, out: op('ReduceMean', out, x, axes=[-1]) if old else op('ReduceMean', out, x, axes)
         x = op('Mul', f'{k}/x', n.proto.input[0], keep('scale', np.float32(1000)))
         m1 = mean(x, f'{k}/mean')
         var = op('Sub', f'{k}/var', mean(op('Mul', f'{k}/square', x, x), f'{k}/mean_of_squares'), op('Mul', f'{k}/square_of_mean', m1, m1))
@@ -271,15 +272,12 @@ class Task:
         rest = list(m.graph.node)
         del m.graph.node[:]
         m.graph.node.extend([*rest[:n.at], *new, *rest[n.at+1:]])
+        opens = lambda hold: None if self.a.onnxruntime else l.trt_opens(folder, **{**how, 'layers':{f'{k}/*':hold}})
         over, ref = Net(m, 'a norm that overflows'), l.record(m, feeds, 1)
-        res = l.compare_runs(ref, l.record(over, feeds, self.chunks, opens=self.opens('camera')), over)
-        f, fix = res.findings(), None
-        if self.a.repair and f and not self.a.onnxruntime:
-            names, how = [t for t in l.ends(over) if t in l.depths(over)], self.options('camera')
-            model = l.mark(over, names)
-            folder = self.work/'marked'/f'{self.a.precision}.{self.a.step}'
-            run = lambda nodes: l.run_model(model, feeds, l.trt_opens(folder, **{**how, 'keep_fp32':(*how['keep_fp32'], *(f'{o}*' for o in nodes))}))[0]
-            fix = l.repair(res, l.run_model(model, feeds)[0], names, run, 40., [*(o for o in dict.fromkeys(r['node'] for r in res['rows'] if r['tensor'].startswith(k)))])
+        res = l.compare_runs(ref, l.record(over, feeds, self.chunks, opens=opens('fp16')), over)
+        f, names = res.findings(), [t for t in l.ends(over) if t in l.depths(over)]
+        l.page(res, Path(self.a.out).parent/f'{self.a.name}.overflow.html', f'{self.a.name}: a norm that overflows')
+        fix = l.repair(res, l.run_model(l.mark(net, names), feeds)[0], names, lambda nodes: l.run_model(l.mark(over, names), feeds, opens('fp32' if nodes else 'fp16'))[0], 40., [k])
         return dict(planted=n.name, factor=1000, found=any((o['tensor'] or '').startswith(n.name) for o in f), findings=f, repair=fix)
 
     def do(self):

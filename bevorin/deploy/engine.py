@@ -119,6 +119,11 @@ def _profile(builder, config, axes, dynamic, path):
     config.add_optimization_profile(profile)
     return profile
 
+def _free_axes(a, config):
+    "What 8.5 needs told to compile regions with free axes."
+    feature = getattr(getattr(a.trt, 'PreviewFeature', None), 'FASTER_DYNAMIC_SHAPES_0805', None)
+    if feature is not None and not a.has_level: config.set_preview_feature(feature, True)
+
 # %% ../../nbs/deploy/03_engine.ipynb #27dc9f82
 _flags = {'fp16':'FP16', 'int8':'INT8'}
 
@@ -390,6 +395,7 @@ def _serialize(a, onnx, s, inputs, timing_cache, progress, calibration=None, kee
     how = _precision(a, config, network, s['precision'], s['keep_fp32'], onnx, ranges is not None, s.get('layers'))
     _configure(a, config, s['workspace'], s['level'], s['capability'])
     profile = _profile(builder, config, axes, s['dynamic'], onnx)
+    if profile: _free_axes(a, config)
     if ranges is not None: _use_calibrator(a, builder, config, ranges, profile, axes, frames)
     if s.get('dla') is not None: how.update(_to_dla(a, config, builder, network, s['dla'], how, onnx))
     if not a.rtx: _timing_cache(a, config, timing_cache)
