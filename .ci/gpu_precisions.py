@@ -280,6 +280,30 @@ class Task:
         fix = l.repair(res, l.run_model(l.mark(net, names), feeds)[0], names, lambda nodes: l.run_model(l.mark(over, names), feeds, opens('fp32' if nodes else 'fp16'))[0], 40., [k])
         return dict(planted=n.name, factor=1000, found=any((o['tensor'] or '').startswith(n.name) for o in f), findings=f, repair=fix)
 
+    def refit(self, k):
+        "Built so that weights can be replaced, and replaced by others (every array of 256 values and more, 5 % of noise): seconds, and outputs against ONNX Runtime with the new weights, of the new and of the old engine."
+        import numpy as np, onnx
+        from onnx import numpy_helper
+        from bevorin.deploy.compare import Errors
+        from bevorin.deploy.engine import TensorrtEngine, build_engine, refit_engine
+        from bevorin.deploy.runtime import OnnxEngine
+        if self.a.onnxruntime: raise RuntimeError('ONNX Runtime has no engines to refit')
+        (out := self.work/'refit').mkdir(exist_ok=True)
+        file, rng = self.folder/self.spec['graphs'][k]['file'], np.random.default_rng(0)
+        m = onnx.load(str(file))
+        for i in m.graph.initializer:
+            x = numpy_helper.to_array(i)
+            if i.data_type == 1 and x.ndim > 1 and x.size >= 256: i.CopyFrom(numpy_helper.from_array((x*(1+.05*rng.standard_normal(x.shape))).astype(np.float32), i.name))
+        onnx.save(m, str(out/f'{k}.onnx'))
+        old = build_engine(file, out/f'{k}.old.plan', refit=True, **self.options(k))
+        new = refit_engine(out/f'{k}.old.plan', out/f'{k}.onnx', out/f'{k}.plan')
+        feeds, res = self.feeds(k, 1)[0], dict(build_s=old['seconds']['build'], refit_s=new['seconds']['refit'], weights=len(new['onnx']['weights']), replaced=new['replaced']['weights'])
+        with OnnxEngine(out/f'{k}.onnx') as e: ref = e.run(feeds)
+        for name, plan in (('new', f'{k}.plan'), ('old', f'{k}.old.plan')):
+            with TensorrtEngine(out/plan) as e: got = e.run(feeds)
+            res[f'{name}_sqnr_db'] = {o:Errors().add(ref[o], got[o]).row().get('sqnr_db') for o in ref}
+        return res
+
     def do(self):
         step, _, k = self.a.step.partition('.')
         return getattr(self, step)(*([k] if k else []))
@@ -311,6 +335,8 @@ def steps(fp32, precisions, a):
     for p in precisions:
         if p in ('fp16', 'qdq') and not a.no_layers:
             for k in graphs: yield 3, p, f'layers.{k}', a.limit
+        if p in ('fp16', 'qdq') and a.refit:
+            for k in graphs: yield 3, p, f'refit.{k}', a.build_limit
 
 def cards():
     "Identifiers of the GPUs, or of those in CUDA_VISIBLE_DEVICES."
@@ -386,7 +412,7 @@ def short(res):
                 for k, t in v.items(): own.setdefault('graphs', {}).setdefault(k, {}).update({i:cut(t[i]) for i in ('median_ms', 'p90_ms', 'p99_ms', 'max_ms')}, runs=t['runs'])
             elif step == 'measure': own.update(frames=v['frames'], sqnr_db=noise(v['against_own_graph']), sqnr_db_fp32=noise(v['against_fp32']))
             elif step == 'prepare': job['rows'] = v['rows']
-            elif step in ('int8', 'pieces'): own[step] = v
+            elif step in ('int8', 'pieces') or step.startswith('refit.'): own[step] = v
             elif step.startswith('layers.'): own.setdefault('layers', {})[step[7:]] = {k:v[k] for k in ('findings', 'tensors', 'compared', 'marked_sqnr_db')}
             else: job.setdefault('faults', {})[step] = v
     return out
@@ -444,7 +470,7 @@ def main():
     ap.add_argument('--budget', type=float, default=540, help='seconds in all'); ap.add_argument('--limit', type=float, default=200, help='of one measurement'); ap.add_argument('--build-limit', type=float, default=200, dest='build_limit', help='of one build')
     ap.add_argument('--at-once', type=int, default=1, dest='at_once', help='processes on each GPU but for the times'); ap.add_argument('--runs', type=int, default=200); ap.add_argument('--warmup', type=int, default=20); ap.add_argument('--level', type=int, default=2, help='optimisation level of the builder; -1 for its own default, and before 8.6'); ap.add_argument('--chunks', type=int, default=0, help='see bevorin.deploy.layers.record'); ap.add_argument('--calibrate', type=int, default=4, help='frames')
     ap.add_argument('--skip', nargs='+', default=['cache.build.camera', 'calibrator.build.camera'], help='steps that are not tried; by default what TensorRT 8.6 did not build in four minutes')
-    for k in ('repair', 'onnxruntime', 'no-layers'): ap.add_argument(f'--{k}', action='store_true', dest=k.replace('-', '_'))
+    for k in ('repair', 'refit', 'onnxruntime', 'no-layers'): ap.add_argument(f'--{k}', action='store_true', dest=k.replace('-', '_'))
     a = ap.parse_args()
     if a.what == 'run' and not a.jobs: ap.error('give at least one job')
     dict(pack=pack, run=run, score=score, child=child)[a.what](a)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'main', 'analyze', 'init_weights', 'infer', 'synth', 'train', 'evaluate', 'profile', 'sensitivity', 'prune',
-           'quantize', 'dla', 'build', 'inspect', 'compare', 'estimate', 'run', 'bench', 'calibrate_target', 'monitor',
-           'runs']
+           'quantize', 'dla', 'build', 'refit', 'inspect', 'compare', 'estimate', 'run', 'bench', 'calibrate_target',
+           'monitor', 'runs']
 
 # %% ../nbs/90_cli.ipynb #91d41f7e
 import importlib,io,os,sys
@@ -631,6 +631,8 @@ def build(
     timing_cache:str=None,    # a file that keeps kernel timings
     keep_fp32:Param('layers that stay in FP32, with wildcards', str, nargs='+')=None,
     layers:Param('precision by pattern of layer names: fuser*=fp32 head.*=fp16', str, nargs='+')=None,
+    refit:bool=False,         # keep the weights replaceable (bevorin refit)
+    version_compatible:bool=False, # for later versions of TensorRT too
     rtx:str=None,             # with TensorRT-RTX for this GPU, e.g. SM86
     force:bool=False,         # build even if nothing changed
     json:str=None,            # write the records to this file
@@ -640,7 +642,7 @@ def build(
     from bevorin.deploy import engine as e
     a = e.rtx() if rtx else e.api()
     if calibration and (len(graphs) > 1 or Path(graphs[0]).is_dir()): raise InputError('--calibration is of one graph: build one .onnx file at a time with it')
-    kwargs = dict(precision=tuple(p for p in precision or ('fp16','int8') if p != 'fp32'), workspace=workspace and workspace<<20, level=level, timing_cache=timing_cache, keep_fp32=tuple(keep_fp32 or ()), layers=_precisions(layers), dla=_cores(dla), force=force, capability=rtx, trt=a.trt, progress=sys.stderr.isatty())
+    kwargs = dict(precision=tuple(p for p in precision or ('fp16','int8') if p != 'fp32'), workspace=workspace and workspace<<20, level=level, timing_cache=timing_cache, keep_fp32=tuple(keep_fp32 or ()), layers=_precisions(layers), dla=_cores(dla), refit=refit, version_compatible=version_compatible, force=force, capability=rtx, trt=a.trt, progress=sys.stderr.isatty())
     free,records = _axes(dynamic),{}
     for g in graphs:
         if Path(g).is_dir(): records.update({f'{g}/{k}':r for k,r in e.build_engines(g, out, **kwargs).items()}); continue
@@ -669,6 +671,18 @@ def _axes(texts):
         try: res[k] = [int(n) for n in v.split(',')]
         except ValueError: raise InputError(f'--dynamic {t}: write NAME=smallest,usual,largest') from None
     return res
+
+# %% ../nbs/90_cli.ipynb #e9d00002
+@command('bevorin refit engines/lidar.plan graphs/lidar.onnx')
+def refit(
+    engine:str,               # a .plan file built with --refit
+    graph:str,                # the same graph with other weights (.onnx)
+    out:str=None,             # where to write the new engine; by default in place of the old
+):
+    "New weights into an engine, without building it."
+    from bevorin.deploy.engine import refit_engine
+    r = refit_engine(engine, graph, out)
+    print(f"{out or engine}: {r['replaced']['weights']} of {len(r['onnx']['weights'])} weights replaced in {r['seconds']['refit']:.1f} s")
 
 # %% ../nbs/90_cli.ipynb #8b1e9352
 @command('bevorin inspect engines/fusion.plan --feeds fusion.npz')

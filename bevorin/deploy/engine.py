@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Api', 'api', 'rtx', 'parse', 'input_axes', 'calibrator', 'one_shape', 'layer_precision', 'layer_types',
            'inspect_layers', 'engine_key', 'record_of', 'gpu_name', 'build_engine', 'build_engines', 'build_rtx',
-           'TensorrtEngine']
+           'TensorrtEngine', 'weights_of', 'refit_engine']
 
 # %% ../../nbs/deploy/03_engine.ipynb #e5d01857
 import datetime,fnmatch,functools,hashlib,json,re,tempfile,threading
@@ -360,19 +360,21 @@ def build_engine(
     calibration=None,             # INT8 without Q/DQ: a calibration cache, or frames (see `calibrator`)
     dla=None,                     # put the layers on this DLA core, or those of patterns: {'neck*':0}
     layers=None,                  # precision by pattern of layer names: {'fuser*':'fp32', 'head.*':'fp16'}
+    refit=False,                  # keep the weights replaceable (see `refit_engine`); up to 10
+    version_compatible=False,     # for later versions of TensorRT too; from 8.6 on
     trt=None, cuda=None,          # the modules; by default tensorrt and pycuda.driver
 )->dict:
     "Build an engine, unless the one that stands is the same; the record of its build."
     onnx,plan,a = Path(onnx),Path(plan),api(trt)
     digest,gpu = file_digest(onnx),capability or gpu_name(cuda)
     settings = dict(precision=list(precision), dynamic={k:list(v) for k,v in (dynamic or {}).items()}, workspace=workspace, level=level, keep_fp32=list(keep_fp32), capability=capability)
-    settings.update({k:v for k,v in dict(dla=dla, layers=layers).items() if v not in (None,{})})
+    settings.update({k:v for k,v in dict(dla=dla, layers=layers, refit=refit or None, version_compatible=version_compatible or None).items() if v not in (None,{})})
     if calibration is not None: settings['calibration'] = file_digest(calibration) if isinstance(calibration, (str,Path)) else _feeds_digest(calibration)
     key,old = engine_key(digest, settings, a.name, gpu),None if force else record_of(plan)
     if old and old.get('key') == key: return {**old, 'cached':True}
     check_writable(plan, timing_cache)
     data,made = _serialize(a, onnx, settings, inputs, timing_cache, progress, calibration, f'{plan}.cache', cuda)
-    record = dict(format=1, plan=plan.name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), key=key, onnx=dict(file=onnx.name, sha256=digest, bytes=onnx.stat().st_size), builder=a.name, gpu=gpu, settings=settings,
+    record = dict(format=1, plan=plan.name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), key=key, onnx=dict(file=onnx.name, sha256=digest, bytes=onnx.stat().st_size, **(weights_of(onnx) if refit else {})), builder=a.name, gpu=gpu, settings=settings,
                   **made, built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), warnings=sorted({_reason(m) for s,m in a.log.lines if s == 'WARNING'}))
     return {**_write(a, record, data, plan, capability), 'cached':False}
 
@@ -394,6 +396,7 @@ def _serialize(a, onnx, s, inputs, timing_cache, progress, calibration=None, kee
     if calibration is not None: ranges = calibrator(a, calibration if isinstance(calibration, (str,Path)) else frames, onnx, keep, cuda)
     how = _precision(a, config, network, s['precision'], s['keep_fp32'], onnx, ranges is not None, s.get('layers'))
     _configure(a, config, s['workspace'], s['level'], s['capability'])
+    _kept_open(a, config, s)
     profile = _profile(builder, config, axes, s['dynamic'], onnx)
     if profile: _free_axes(a, config)
     if ranges is not None: _use_calibrator(a, builder, config, ranges, profile, axes, frames)
@@ -402,17 +405,29 @@ def _serialize(a, onnx, s, inputs, timing_cache, progress, calibration=None, kee
     lap('settings')
     with _progress(a, config, onnx.name, progress): data = builder.build_serialized_network(network, config)
     if getattr(ranges, 'problem', None): raise InputError(ranges.problem)
-    if data is None: raise InputError(f"{onnx}: {a.name} could not build an engine: {_why(a.log)}")
+    if data is None: raise InputError(f"{onnx}: {a.name} could not build an engine: {_why(a.log)}"+_uncut(a.log, ranges))
     lap('build')
     if timing_cache and not a.rtx: _keep_timing(config, timing_cache)
     return bytes(memoryview(data)),dict(precision=how, inputs=axes, network_layers=network.num_layers, seconds=dict(lap))
 
+def _uncut(log, ranges):
+    "What helped where an INT8 build without Q/DQ ends in nothing but this."
+    return '; without quantise nodes, cut the graph before what stays in floating point (bevorin dla GRAPH --out) and build the pieces, or give the graph with Q/DQ' if ranges is not None and 'Assertion engine' in _why(log) else ''
+
+_open = {'refit':('REFIT','up to 10'), 'version_compatible':('VERSION_COMPATIBLE','from 8.6 on')}
+
+def _kept_open(a, config, settings):
+    for k,(flag,since) in _open.items():
+        if not settings.get(k): continue
+        if not hasattr(a.trt.BuilderFlag, flag): raise InputError(f'{a.name} has no flag {flag}, which TensorRT has {since}: build without {k}')
+        config.set_flag(getattr(a.trt.BuilderFlag, flag))
+
 def _why(log, default='no reason given'):
     "The error that says most, and what helps."
-    errors = [m for m in log.errors() if not re.search(r'Assertion engine( != nullptr)? failed', m)] or log.errors() or [default]
+    errors = next((e for words in (r'Assertion engine( != nullptr)? failed|timing cache will not be used', r'timing cache will not be used', '$.') if (e := [m for m in log.errors() if not re.search(words, m)])), [default])
     for lib,sign in (('cuBLAS','cublas'),('cuDNN','symboladdress for cudnn')):
         if any(sign in m.lower() for _,m in log.lines): return f"{_reason(errors[-1]).rstrip('.')}; {lib}, which this version computes with, does not load: install the one that it was made with"
-    for word,advice in (('insufficient workspace','give workspace more bytes, or leave it out: the builder then takes what the device has'), ('out of memory','the memory is full: close what else runs on the GPU, lower workspace, or build one engine at a time'), ('OutOfMemory','the memory is full: close what else runs on the GPU, or lower workspace')):
+    for word,advice in (('insufficient workspace','give workspace more bytes, or leave it out: the builder then takes what the device has'), ('out of memory','the memory is full: close what else runs on the GPU, lower workspace, or build one engine at a time'), ('libnvinfer_lean','version_compatible puts the lean runtime of TensorRT into the engine, and its library is not installed: install it (libnvinfer-lean), or leave version_compatible out'), ('OutOfMemory','the memory is full: close what else runs on the GPU, or lower workspace')):
         for m in errors:
             if word.lower() in m.lower(): return f'{_reason(m)}; {advice}'
     return _reason(errors[-1])
@@ -503,7 +518,7 @@ class TensorrtEngine(Engine):
         gpu,record = gpu_name(self.cuda),_own_record(path)
         _same_machine(path, record, self.api.name, gpu)
         self.primary = _primary_context(self.cuda)
-        with self._current(): self._load(path)
+        with self._current(): self._load(path, record)
         tensors = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         axes = {k:self._axes(k, (record or {}).get('inputs') or {}) for k in tensors}
         is_input = lambda k: self.engine.get_tensor_mode(k) == self.api.trt.TensorIOMode.INPUT
@@ -517,11 +532,12 @@ class TensorrtEngine(Engine):
         try: yield
         finally: self.cuda.Context.pop()
 
-    def _load(self, path):
+    def _load(self, path, record):
         try: data = path.read_bytes()
         except OSError as e: raise os_error(e, f'read {path}') from e
         self.api.log.lines.clear()
         self.runtime = self.api.trt.Runtime(self.api.log)
+        if record and record['settings'].get('version_compatible'): self.runtime.engine_host_code_allowed = True
         self.engine = self.runtime.deserialize_cuda_engine(data)
         if self.engine is None: raise InputError(f"{path}: {self.api.name} cannot load it: {_why(self.api.log)}")
         self.context,self.stream = self.engine.create_execution_context(),self.cuda.Stream()
@@ -591,5 +607,53 @@ def _own_record(path):
     return record
 
 def _same_machine(path, record, version, gpu):
-    if record and (record['builder'],record['gpu']) != (version,gpu):
+    if not record or (record['builder'],record['gpu']) == (version,gpu): return
+    (name,of),(mine,now) = (k.rsplit(' ', 1) for k in (record['builder'],version))
+    number = lambda v: [int(n) for n in re.findall(r'\d+', v)]
+    if not record['settings'].get('version_compatible') or (name,record['gpu']) != (mine,gpu) or number(of) > number(now):
         raise InputError(f"{path} was built by {record['builder']} for {record['gpu']}; this is {version} on {gpu}: build it anew here")
+
+# %% ../../nbs/deploy/03_engine.ipynb #e9b00002
+def weights_of(
+    onnx,         # a graph
+)->dict:
+    "A digest of the structure, and one of every floating point weight by its name."
+    from bevorin.deploy.graph import read_graph
+    g,h = read_graph(onnx).graph,lambda b: hashlib.sha256(b).hexdigest()
+    numbers = {i.name:h(x.tobytes())[:16] for i,x in _floats(g)}
+    for i in g.initializer:
+        if i.name in numbers: i.ClearField('raw_data'); i.ClearField('float_data'); i.ClearField('int32_data')
+    return dict(structure=h(g.SerializeToString(deterministic=True)), weights=numbers)
+
+def _floats(graph):
+    numpy_helper = need('onnx', 'export').numpy_helper
+    return [(i,np.ascontiguousarray(numpy_helper.to_array(i))) for i in graph.initializer if i.data_type in (1,10)]
+
+def refit_engine(
+    plan,                     # an engine that was built with `refit`
+    onnx,                     # its graph with other weights
+    out=None,                 # where to write the new engine; by default in place of the old
+    trt=None, cuda=None,      # the modules; by default tensorrt and pycuda.driver
+)->dict:
+    "Put the weights of a graph into an engine; the new record."
+    from bevorin.deploy.graph import read_graph
+    plan,onnx,a,record,lap = Path(plan),Path(onnx),api(trt),_own_record(plan),Laps()
+    out = Path(out or plan)
+    if not record or not record['settings'].get('refit'): raise InputError(f'{plan} takes no new weights: build it with refit')
+    if 'calibration' in record['settings']: raise InputError(f'{plan} has ranges of the old weights in it, from a calibration: build it anew')
+    digest,new,old = file_digest(onnx),weights_of(onnx),record['onnx']
+    if new['structure'] != old['structure']: raise InputError(f"{onnx} is another graph than the {old['file']} of which {plan} was built: nothing but weights may differ")
+    check_writable(out)
+    with TensorrtEngine(plan, trt, cuda) as e, e._current():
+        refitter = a.trt.Refitter(e.engine, a.log)
+        takes,changed = {*refitter.get_all_weights()},[k for k,v in new['weights'].items() if v != old['weights'][k]]
+        if fixed := [k for k in changed if k not in takes]: raise InputError(f'{plan}: {a.name} does not replace {fixed[0]}, which changed ({len(fixed)} of {len(changed)} changed weights are so): build the engine anew')
+        held = {i.name:x for i,x in _floats(read_graph(onnx).graph) if i.name in takes}
+        for k,x in held.items():
+            if not refitter.set_named_weights(k, a.trt.Weights(x)): raise InputError(f'{plan}: {a.name} does not take {k} with {x.size} values: {_why(a.log)}')
+        if lacks := refitter.get_missing_weights(): raise InputError(f'{plan}: {a.name} also needs {lacks[0]}, which is no weight of {onnx}: build the engine anew')
+        if not refitter.refit_cuda_engine(): raise InputError(f'{plan}: {a.name} could not put the weights in: {_why(a.log)}')
+        data = bytes(memoryview(e.engine.serialize())); lap('refit')
+    record = {**record, 'plan':out.name, 'sha256':hashlib.sha256(data).hexdigest(), 'bytes':len(data), 'key':engine_key(digest, record['settings'], record['builder'], record['gpu']), 'onnx':dict(file=onnx.name, sha256=digest, bytes=onnx.stat().st_size, **new),
+              'seconds':{**record['seconds'], **lap}, 'replaced':dict(weights=len(changed), of=old['sha256'])}
+    return _write(a, record, data, out, None)
