@@ -225,7 +225,7 @@ class Task:
         return dict(findings=res.findings(), worst=[{i:r[i] for i in ('tensor', 'op', 'sqnr_db', 'added_db')} for r in res.worst(5)], tensors=len(res['rows']), compared=sum(r['compared'] for r in res['rows']), marked_sqnr_db=res['candidate']['marked_sqnr_db'], page=f'{out.name}.html')
 
     def wrong_scale(self):
-        "One scale of the fusion graph times 8; what is named."
+        "One scale of the fusion graph times 8, or an eighth; what is named."
         import numpy as np
         from onnx import numpy_helper
         from bevorin.deploy import layers as l
@@ -235,14 +235,16 @@ class Task:
         loose = l.after_choice(net)
         tensor = next(t for t in list(net.scales)[1:] if t not in loose and t in ref.values and t not in net.inputs)
         m, values = copy.deepcopy(net.proto), {i.name:numpy_helper.to_array(i) for i in net.proto.graph.initializer}
+        left = lambda f: l._quantised_sqnr(ref.values[tensor], float(net.scales[tensor][0])*f)
+        factor = 8 if left(8) < left(1)-9 else 1/8    # where a scale is too narrow, 8 times may be no fault
         quantised = {n.output[0] for n in m.graph.node if n.op_type == 'QuantizeLinear' and net.real.get(n.input[0], n.input[0]) == tensor}
         for i, n in enumerate(n for n in m.graph.node if n.op_type in ('QuantizeLinear', 'DequantizeLinear') and {n.output[0], n.input[0]} & quantised):
-            m.graph.initializer.append(numpy_helper.from_array(np.float32(values[n.input[1]]*8), f'spoilt{i}'))
+            m.graph.initializer.append(numpy_helper.from_array(np.float32(values[n.input[1]]*factor), f'spoilt{i}'))
             n.input[1] = f'spoilt{i}'
         wrong = Net(m, 'one wrong scale')
         res = l.compare_runs(ref, l.record(wrong, feeds, self.chunks, opens=self.opens('fusion')), wrong)
         f, fix = res.findings(), l.repair_int8(res, wrong, Path(self.a.fp32)/file, feeds, opens=self.opens('fusion')) if self.a.repair else None
-        return dict(planted=tensor, factor=8, scale_named=[o['tensor'] for o in f if o['kind'] == 'scale'] == [tensor], jump=next((o['tensor'] for o in f if o['kind'] == 'jump'), None), readers=[o for n in wrong.readers.get(tensor, []) for o in n.outputs], findings=f, repair=fix)
+        return dict(planted=tensor, factor=factor, scale_named=[o['tensor'] for o in f if o['kind'] == 'scale'] == [tensor], jump=next((o['tensor'] for o in f if o['kind'] == 'jump'), None), readers=[o for n in wrong.readers.get(tensor, []) for o in n.outputs], findings=f, repair=fix)
 
     def overflow(self):
         "A layer norm by hand, its variance in one pass, its input times 1,000, held in FP16: squares leave its range; what is named, and whether FP32 there repairs it. (TensorRT 8.6 knows the usual two passes: planted so, nothing overflowed.)"
