@@ -10,6 +10,7 @@ Every step is a process of its own with a limit, so that a crash or an endless b
 from it. Four rounds: inputs of the graphs from ONNX Runtime; all engines, --at-once of them on each GPU (start CUDA's multi-process service before, and they do not wait for each other); times, by one process
 alone on its GPU, with the kernels that were launched; then accuracy on all frames, two faults planted in the fusion and the camera graph that must be named on the engines (one scale times 8, and a layer norm
 whose squares leave FP16), and the layers of each FP16 and Q/DQ engine against ONNX Runtime.
+--refit builds each FP16 and Q/DQ engine once more, its weights replaceable, and replaces them.
 --onnxruntime puts ONNX Runtime in TensorRT's place, to try the script without a GPU: nothing it writes is then a figure of an engine.
 """
 import os
