@@ -114,12 +114,12 @@ class Task:
     @property
     def chunks(self): return self.a.chunks or (3 if self.a.onnxruntime else 0)
 
-    def opens(self, k):
+    def opens(self, k, **how):
         "Graph file -> engine, for marked graphs."
         if self.a.onnxruntime: return None
         from bevorin.deploy.layers import trt_opens
         (d := self.work/'marked'/f'{self.a.precision}.{self.a.step}').mkdir(parents=True, exist_ok=True)
-        return trt_opens(d, **self.options(k))
+        return trt_opens(d, **self.options(k), **how)
 
     def build(self, k):
         "Build one engine; its record."
@@ -261,8 +261,7 @@ class Task:
         kept = set() if self.a.onnxruntime else set(inspect(self.work/self.a.precision/'camera.plan').keeps)
         norms = [n for n in norms if n.outputs[0] in kept] or norms
         n, m, new = norms[len(norms)//2], copy.deepcopy(net.proto), []
-        k, how, folder = f'{n.name}/planted', self.options('camera'), self.work/'marked'/f'{self.a.precision}.{self.a.step}'
-        folder.mkdir(parents=True, exist_ok=True)
+        k = f'{n.name}/planted'
         keep = lambda name, v: (m.graph.initializer.append(numpy_helper.from_array(v, f'{k}/{name}')), f'{k}/{name}')[1]
         op = lambda kind, out, *ins, **kw: (new.append(helper.make_node(kind, list(ins), [out], name=f'{k}/{kind}{len(new)}', **kw)), out)[1]
         axes, old = keep('axes', np.array([-1])), m.opset_import[0].version < 18
@@ -275,7 +274,7 @@ class Task:
         rest = list(m.graph.node)
         del m.graph.node[:]
         m.graph.node.extend([*rest[:n.at], *new, *rest[n.at+1:]])
-        opens = lambda hold: None if self.a.onnxruntime else l.trt_opens(folder, **{**how, 'layers':{f'{k}/*':hold}})
+        opens = lambda hold: self.opens('camera', layers={f'{k}/*':hold})
         over, ref = Net(m, 'a norm that overflows'), l.record(m, feeds, 1)
         res = l.compare_runs(ref, l.record(over, feeds, self.chunks, opens=opens('fp16')), over)
         f, names = res.findings(), [t for t in l.ends(over) if t in l.depths(over)]

@@ -396,7 +396,7 @@ def _serialize(a, onnx, s, inputs, timing_cache, progress, calibration=None, kee
     if calibration is not None: ranges = calibrator(a, calibration if isinstance(calibration, (str,Path)) else frames, onnx, keep, cuda)
     how = _precision(a, config, network, s['precision'], s['keep_fp32'], onnx, ranges is not None, s.get('layers'))
     _configure(a, config, s['workspace'], s['level'], s['capability'])
-    _kept_open(a, config, s)
+    _keep_open(a, config, s)
     profile = _profile(builder, config, axes, s['dynamic'], onnx)
     if profile: _free_axes(a, config)
     if ranges is not None: _use_calibrator(a, builder, config, ranges, profile, axes, frames)
@@ -405,26 +405,26 @@ def _serialize(a, onnx, s, inputs, timing_cache, progress, calibration=None, kee
     lap('settings')
     with _progress(a, config, onnx.name, progress): data = builder.build_serialized_network(network, config)
     if getattr(ranges, 'problem', None): raise InputError(ranges.problem)
-    if data is None: raise InputError(f"{onnx}: {a.name} could not build an engine: {_why(a.log)}"+_uncut(a.log, ranges))
+    if data is None: raise InputError(f"{onnx}: {a.name} could not build an engine: {_why(a.log)}"+(_cut_it if ranges is not None and 'Assertion engine' in _why(a.log) else ''))
     lap('build')
     if timing_cache and not a.rtx: _keep_timing(config, timing_cache)
     return bytes(memoryview(data)),dict(precision=how, inputs=axes, network_layers=network.num_layers, seconds=dict(lap))
 
-def _uncut(log, ranges):
-    "What helped where an INT8 build without Q/DQ ends in nothing but this."
-    return '; without quantise nodes, cut the graph before what stays in floating point (bevorin dla GRAPH --out) and build the pieces, or give the graph with Q/DQ' if ranges is not None and 'Assertion engine' in _why(log) else ''
+_cut_it = '; without quantise nodes, cut the graph before what stays in floating point (bevorin dla GRAPH --out) and build the pieces, or give the graph with Q/DQ'
+_open_flags = {'refit':('REFIT','up to 10'), 'version_compatible':('VERSION_COMPATIBLE','from 8.6 on')}
 
-_open = {'refit':('REFIT','up to 10'), 'version_compatible':('VERSION_COMPATIBLE','from 8.6 on')}
-
-def _kept_open(a, config, settings):
-    for k,(flag,since) in _open.items():
+def _keep_open(a, config, settings):
+    "Flags that let an engine change weights or version."
+    for k,(flag,since) in _open_flags.items():
         if not settings.get(k): continue
         if not hasattr(a.trt.BuilderFlag, flag): raise InputError(f'{a.name} has no flag {flag}, which TensorRT has {since}: build without {k}')
         config.set_flag(getattr(a.trt.BuilderFlag, flag))
 
 def _why(log, default='no reason given'):
     "The error that says most, and what helps."
-    errors = next((e for words in (r'Assertion engine( != nullptr)? failed|timing cache will not be used', r'timing cache will not be used', '$.') if (e := [m for m in log.errors() if not re.search(words, m)])), [default])
+    said = log.errors() or [default]
+    vague = lambda m: 2 if 'timing cache will not be used' in m else int(bool(re.search(r'Assertion engine( != nullptr)? failed', m)))
+    errors = [m for m in said if vague(m) == min(map(vague, said))]
     for lib,sign in (('cuBLAS','cublas'),('cuDNN','symboladdress for cudnn')):
         if any(sign in m.lower() for _,m in log.lines): return f"{_reason(errors[-1]).rstrip('.')}; {lib}, which this version computes with, does not load: install the one that it was made with"
     for word,advice in (('insufficient workspace','give workspace more bytes, or leave it out: the builder then takes what the device has'), ('out of memory','the memory is full: close what else runs on the GPU, lower workspace, or build one engine at a time'), ('libnvinfer_lean','version_compatible puts the lean runtime of TensorRT into the engine, and its library is not installed: install it (libnvinfer-lean), or leave version_compatible out'), ('OutOfMemory','the memory is full: close what else runs on the GPU, or lower workspace')):
